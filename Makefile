@@ -1,0 +1,34 @@
+# make run  = environment + the cpu profile + its report        make test = environment + every test
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+PROFILE ?= cpu
+
+.PHONY: run test env env-sglang clean
+run: env
+	$(BIN)/tpro-nb run $(PROFILE)
+
+env: $(VENV)/.done
+$(VENV)/.done: settings.ini setup.py pyproject.toml constraints-cpu.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints-cpu.txt -e '.[dev]'
+	touch $@
+
+# nbdev-test runs every chapter on toys; pytest does the rest, the whole smoke profile through the real runner among it.
+test: env
+	TPRO_NB_RUN=none OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing
+	TPRO_NB_RUN=none $(BIN)/python -m pytest tests --durations=15
+
+# SGLang pins other versions, so it lives in an environment of its own, outside the clone, one for each content of its requirement files.
+SGLANG_REQ  = tests/sglang/requirements-sglang-cpu.txt tests/sglang/requirements-sglang-cpu-nodeps.txt
+SGLANG_VENV = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/tpro_nb/venv-sglang-$(shell cat $(SGLANG_REQ) | sha256sum | cut -c1-12)
+env-sglang:
+	test -e $(SGLANG_VENV)/.done || { $(PYTHON) -m venv $(SGLANG_VENV) && \
+	  $(SGLANG_VENV)/bin/python -m pip install -q -c constraints-cpu.txt -r tests/sglang/requirements-sglang-cpu.txt && \
+	  $(SGLANG_VENV)/bin/python -m pip install -q --no-deps -r tests/sglang/requirements-sglang-cpu-nodeps.txt && touch $(SGLANG_VENV)/.done; }
+	@echo "SGLang's environment: $(SGLANG_VENV)"
+
+clean:
+	rm -rf $(VENV) build *.egg-info

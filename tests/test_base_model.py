@@ -1,0 +1,97 @@
+"Chapters 03 and 06: rows move as they should, new rows train, recipes equal the paper's tables."
+from pathlib import Path
+import pytest, torch, yaml
+from tpro_nb.base_model import (INITS, bits_per_byte, check_sizes, last_checkpoint, load_model, merge_and_save, new_rows, row_plan, run_steps, save_folder, spelt,
+                                text_bits, trainable, transplant, vocab_matrices, windows)
+from tpro_nb.core import TOY_TEXT, UserError, toy, toy_model, toy_tokenizer
+from tpro_nb.midtraining import dataset, turn_ids
+from transformers import AutoTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+params = lambda profile, stage: yaml.safe_load((ROOT/"params"/profile/f"{stage}.yaml").read_text())
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    base = toy_tokenizer(tmp_path_factory.mktemp("base"), vocab_size=400)
+    return base, AutoTokenizer.from_pretrained(toy("03_base_model/model"))
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("init", list(INITS))
+def test_transplant_moves_kept_rows_and_touches_no_padding(tmp_path, pair, tied, init):
+    base, dense = pair
+    m = toy_model(tmp_path, tie_word_embeddings=tied, vocab_size=640).bfloat16()
+    before = [W.detach().clone() for W in vocab_matrices(m)]
+    ids = transplant(m, base, dense, init)
+    kept, new = row_plan(base, dense)
+    assert ids == sorted(new) and len(ids) > 20 and len(vocab_matrices(m)) == (1 if tied else 2)
+    for W, b in zip(vocab_matrices(m), before):
+        assert W.dtype == torch.bfloat16 and torch.isfinite(W).all()
+        assert torch.equal(W[list(kept)], b[list(kept.values())])
+        assert torch.equal(W[len(dense):], b[len(dense):])
+    assert m.config.eos_token_id == dense.eos_token_id != m.config.pad_token_id
+
+def test_pieces_spell_the_token(pair):
+    base, dense = pair
+    kept, new = row_plan(base, dense)
+    names = {i: s for s, i in dense.get_vocab().items()}
+    assert all("".join(base.convert_ids_to_tokens(p)) == names[i] for i, p in new.items())
+    ids, parts = spelt(base)
+    assert all("".join(base.convert_ids_to_tokens(p)) == base.convert_ids_to_tokens(i) for i, p in zip(ids, parts))
+
+def test_sizes_that_disagree_are_a_user_error(tmp_path, pair):
+    small = toy_model(tmp_path/"m", vocab_size=300)
+    with pytest.raises(UserError, match="not a pair"): transplant(small, *pair)
+    with pytest.raises(UserError, match="no initialiser"): transplant(toy_model(tmp_path/"n"), *pair, init="magic")
+    with pytest.raises(UserError, match="smollm2 / nano"): load_model(tmp_path/"absent")
+
+def test_bits_do_not_depend_on_the_batch():
+    model, tok = load_model(toy("03_base_model/model"), torch.float32)
+    one = torch.tensor([text_bits(model, tok, [t])[0][0] for t in TOY_TEXT])
+    assert torch.allclose(one, torch.tensor(text_bits(model, tok, TOY_TEXT, batch=9)[0]), rtol=1e-4)
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_rows_train_and_merge_into_a_whole_folder(tmp_path, pair, tied):
+    base, dense = pair
+    m = toy_model(tmp_path/"base", tie_word_embeddings=tied).bfloat16()
+    ids = transplant(m, base, dense, "mean"); save_folder(m, dense, tmp_path/"start", ids)
+    m, tok = load_model(tmp_path/"start")
+    p = trainable(m, ids, 4)
+    assert {q.dtype for q in p.parameters() if q.requires_grad} == {torch.float32}
+    run_steps(p.train(), windows(tok, TOY_TEXT*4, 32), 4, 4, 1e-2)
+    changed = merge_and_save(p, tok, tmp_path/"end", tmp_path/"start")
+    assert changed == 100 if tied else changed > 0
+    end, tok = load_model(tmp_path/"end")
+    assert end.dtype == torch.bfloat16 and new_rows(tmp_path/"end") == ids and tok.chat_template
+    assert end.generation_config.eos_token_id == tok.convert_tokens_to_ids("<|im_end|>")
+    kept = [i for i in range(len(tok)) if i not in set(ids)]
+    assert torch.equal(vocab_matrices(end)[0][kept], vocab_matrices(load_model(tmp_path/"start")[0])[0][kept])
+
+def test_trl_fused_head_sees_the_trained_rows():
+    "TRL reads lm_head.weight and .bias directly: through PEFT's wrapper that must be the merged matrix."
+    from trl.trainer.utils import add_fused_lm_head
+    m, _ = load_model(toy("03_base_model/base"), torch.float32)
+    p = trainable(m, [300, 301], 4)
+    for n, q in p.named_parameters():
+        if "trainable_tokens" in n: q.data += 1.
+    add_fused_lm_head(p.get_base_model())
+    x = torch.tensor([[5, 300, 7, 301, 9]])
+    assert torch.allclose(p(input_ids=x, labels=x, fused_lm_head=True).loss, p(input_ids=x, labels=x).loss, atol=1e-4)
+
+def test_an_interrupted_checkpoint_is_passed_over(tmp_path):
+    for n, files in [(2, ["trainer_state.json", "optimizer.pt"]), (4, ["optimizer.pt"])]:
+        (tmp_path/f"checkpoint-{n}").mkdir()
+        for f in files: (tmp_path/f"checkpoint-{n}"/f).touch()
+    assert last_checkpoint(tmp_path).endswith("checkpoint-2")
+
+def test_bad_rows_are_named():
+    tok = AutoTokenizer.from_pretrained(toy("03_base_model/model"))
+    row = dict(messages=[dict(role="user", content="Где?"), dict(role="assistant", content="Тут.")], mode="think", id="r7")
+    with pytest.raises(UserError, match="r7"): turn_ids(tok, row["messages"], row["mode"], row["id"])
+    with pytest.raises(UserError, match="no row fits"): dataset(tok, [row | dict(mode="direct")], 3)
+
+def test_midtraining_recipe_is_the_papers():
+    p = params("h100x32", "06_midtraining")
+    assert (p["lr"], p["lr_min"], p["warmup"], p["beta1"], p["beta2"], p["eps"], p["weight_decay"], p["clip"]) == (1e-5, 1e-6, 100, .9, .95, 1e-8, 1e-6, 1.0)
+    assert p["context"] == 32768 and p["batch"]*p["accumulate"]*32 == 128 and p["steps"] == 9750 and p["rank"] == 0
+    assert abs(128*p["context"]*p["steps"]/40e9 - 1) < .03
+    assert params("h100x32", "03_base_model")["base"] == "Qwen/Qwen3-32B"

@@ -1,0 +1,173 @@
+"The ledger: arithmetic against hand-computed values, rules against edge cases, the report as a browser would get it."
+import html.parser, json, re, shutil
+from pathlib import Path
+import pytest, yaml
+from tpro_nb import claims as C, core
+from conftest import ROOT
+
+FULL = dict(tokens_added=34000, vocab_size=151669, unreachable_added=0, unreachable_kept_new=0, ru_tok_ratio=.71, ru_tok_ratio_lo=.70, ru_tok_ratio_hi=.72)
+RUN = {"02_tokenizer_surgery": FULL, "07_sft": dict(think_minus_direct_pct=30., think_minus_direct_pct_lo=20., think_minus_direct_pct_hi=40.),
+       "14_eagle_speedup": dict(speedup=1.4, speedup_lo=1.3, speedup_hi=1.5, acceptance_length=2.4, acceptance_length_lo=2.3, acceptance_length_hi=2.5)}
+by_id = lambda rows: {r["id"]: r for r in rows}
+
+def test_every_claim_has_what_it_needs():
+    rows = C.claim_table()
+    assert len(rows) >= 60 and len({r["id"] for r in rows}) == len(rows)
+    for r in rows:
+        assert r["area"] and r["source"] and r["claim"] and r["paper"], r["id"]
+        assert not (r["recompute"] and r["rule"]), r["id"]
+        if r["recompute"]: assert r["recompute"].split(":")[0] in C.RECOMPUTE
+        else: assert r["cost"], r["id"]
+        if r["rule"]: assert r["on"] and all(C.CONDITION.match(c.strip()) for c in r["rule"].split(" and ")), r["id"]
+        if r["full_if"]: assert r["area"] == "tokenizer" and "tokens_added >= 34000" in r["full_if"] and "vocab_size = 151669" in r["full_if"], r["id"]
+    assert {r["recompute"].split(":")[0] for r in rows if r["recompute"]} == set(C.RECOMPUTE), "a recomputation that no claim uses"
+
+def test_rules_name_stages_that_exist():
+    stages = {p.stem for p in (ROOT/"nbs").glob("[0-9]*.ipynb")} | {f"{i:02}" for i in range(15)}
+    for r in C.claim_table():
+        for key in re.findall(r"[\w|]+(?=/)", r["rule"] + " " + r["full_if"]):
+            for s in key.split("|"): assert s in stages or s[:2] in {f"{i:02}" for i in range(15)}, (r["id"], s)
+
+LATER = {"sglang_plain_identical_pct", "sglang_tree_identical_pct"}      # measured by make test-sglang, once it exists
+
+def test_rules_name_metrics_that_are_defined():
+    from fnmatch import fnmatchcase
+    table, unknown = core.metric_table(), set()
+    for r in C.claim_table():
+        for key in re.findall(r"[\w|]+/\w+", r["rule"] + " " + r["full_if"]):
+            stages, name = key.split("/")
+            if name not in LATER and not any(m["stage"] in stages.split("|") and fnmatchcase(name, m["key"]) for m in table): unknown.add(key)
+    assert not unknown
+
+@pytest.mark.parametrize("call,holds,says", [
+    ("fastest:28", False, "2.28"), ("fastest:2.28", True, "T-Math"), ("table7_change:ruWiki:-24", True, "−23.7"), ("table8_largest_gain:ky", False, "Kazakh"),
+    ("steps_from_tokens", False, "9,537"), ("modes_alike", False, "1.70"), ("table2_mean:direct:1.85:3.39", True, "3 benchmarks"), ("table2_mean:think:1.83:3.33", True, "4 benchmarks"),
+    ("at_least:23:Qwen3-32B:AIME24:AIME25", False, "−0.043"), ("split:5:Qwen3-32B:4:4", True, "Vikhr"), ("cycle_cost", True, "1.80"), ("length_caps_speed", True, "0.58"),
+    ("transitive_pairs", True, "12 pairs"), ("table13_without:ruCodeEval", False, "0.570 → 0.569"), ("table13_average", True, "0.5"), ("tmath_lead", None, "0.3 standard"),
+    ("gpu_hours:dpo:896", True, "896"), ("table16_delta", True, "5 rows"), ("table17_first", False, "Skywork"), ("compound", True, "2.4")])
+def test_recomputations(call, holds, says):
+    found, got = C.recompute(call)
+    assert got is holds and says in found
+
+def test_knockout_by_brute_force():
+    assert [C.knockout_pairs(n) for n in (2, 4, 8, 16)] == [(1, 1), (3, 4), (7, 12), (15, 32)]
+
+def test_a_changed_table_changes_the_verdict(tmp_path, monkeypatch):
+    "Verdicts come from the tables, not from the code."
+    shutil.copytree(C._tables(), tmp_path/"tables")
+    f = tmp_path/"tables"/"paper_table20.csv"
+    f.write_text(f.read_text().replace("T-Math,0,think,2.28", "T-Math,0,think,28"))
+    monkeypatch.setattr(C, "_tables", lambda: tmp_path/"tables"); C.paper.cache_clear()
+    try: assert C.recompute("fastest:28")[1] is True and C.recompute("length_caps_speed")[1] is False
+    finally: C.paper.cache_clear()
+
+def test_intervals_decide_and_points_do_not():
+    m = lambda v, *ci: {"14_eagle_speedup": dict(zip(("speedup", "speedup_lo", "speedup_hi"), (v, *ci)))}
+    rule = "14_eagle_speedup/speedup above 1"
+    assert [C.judge(rule, x) for x in (m(1.4, 1.2, 1.6), m(1.4, .9, 1.9), m(.8, .7, .9), m(1.4), m(None), {})] == [1, 0, -1, 0, None, None]
+    with pytest.raises(ValueError): C.judge("speedup is nice", {})
+
+def test_verdicts_of_a_run():
+    rows = by_id(C.ledger(RUN, "a model", decides=True))
+    assert rows["tok-34k"]["verdict"] == rows["tok-ru-here"]["verdict"] == "reproduced at full scale"
+    assert rows["tok-152064"]["verdict"] == "contradicted"
+    assert rows["sp-here"]["verdict"] == rows["sft-think"]["verdict"] == "direction holds at small scale"
+    assert rows["sp-here"]["values"][0]["key"] == "14_eagle_speedup/speedup" and "a model" in rows["sp-here"]["on"]
+    assert rows["dpo-gain"]["verdict"] == "not run here" and "H100-hours" in rows["dpo-gain"]["why"]
+    n = C.counts(list(rows.values()))
+    assert n["claims_total"] == sum(n[f"claims_{k}"] for k in ("recomputed", "reproduced_full_scale", "direction_holds", "contradicted", "not_run"))
+
+def test_a_smaller_swap_is_no_full_reproduction():
+    rows = by_id(C.ledger({"02_tokenizer_surgery": FULL | dict(tokens_added=9000)}, decides=True))
+    assert rows["tok-ru-here"]["verdict"] == rows["tok-34k"]["verdict"] == "direction holds at small scale"
+
+@pytest.mark.parametrize("scale", [1, 1000])
+def test_nothing_but_the_tokenizer_is_reproduced_however_good_the_numbers(scale):
+    keys = {k for r in C.claim_table() for c in r["rule"].split(" and ") if r["rule"] for k in [C.CONDITION.match(c.strip())[1]]}
+    fake = {}
+    for k in keys:
+        stages, name = k.split("/")
+        fake.setdefault(stages.split("|")[0], {}).update({name: 100.*scale, f"{name}_lo": 99.*scale, f"{name}_hi": 101.*scale})
+    assert {r["area"] for r in C.ledger(fake, decides=True) if r["verdict"] == "reproduced at full scale"} <= {"tokenizer"}
+
+def test_smoke_decides_no_direction():
+    rows = by_id(C.ledger(RUN, decides=False))
+    assert rows["sp-here"]["verdict"] == "not run here" and rows["sp-here"]["values"] and "code runs" in rows["sp-here"]["why"]
+    assert rows["tok-34k"]["verdict"] == "reproduced at full scale"      # counts over the real vocabulary are exact at any profile
+    assert yaml.safe_load((ROOT/"params/smoke/16_claims.yaml").read_text())["decides"] is False
+
+def test_planner_against_hand_arithmetic():
+    r = C.estimate("x", 1e9, 1e9, 6, mfu=.5, gpus=2, peak_tflops=1000, usd_per_gpu_h=2, rub_per_usd=100)
+    assert r["flop"] == 6e18 and r["gpu_h"] == pytest.approx(6e18/5e14/3600) and r["wall_h"] == r["gpu_h"]/2 and r["rub"] == pytest.approx(r["gpu_h"]*200)
+    assert C.estimate("x", 1e9, None)["gpu_h"] is None
+    for stage, hours in (("sft", 288), ("dpo", 896)):
+        ours, theirs = C.plan_against_paper(stage)
+        assert theirs == hours and 1/1.5 <= ours/theirs <= 1.5
+
+@pytest.mark.parametrize("profile", ["smoke", "cpu", "h100", "h100x32"])
+def test_plan_of_a_profile(profile):
+    rows = C.plan(ROOT/"params"/profile)
+    text = C.plan_table(rows)
+    assert len(text.splitlines()) == len(rows) + 2 and "total" in text
+    if profile == "h100x32":
+        ours, paper = {r["stage"]: r for r in rows}, {r["stage"]: r for r in C.paper_plan()}
+        for s in ("midtraining", "sft", "dpo", "eagle draft"): assert ours[s]["gpu_h"] == pytest.approx(paper[s]["gpu_h"], rel=.01)
+        assert ours["reward model"]["gpu_h"] is None and "not known" in text
+
+@pytest.mark.parametrize("profile", ["cpu", "h100", "h100x32"])
+def test_the_plan_counts_the_tokens_that_midtraining_will_see(profile):
+    read = lambda stage: yaml.safe_load((ROOT/"params"/profile/f"{stage}.yaml").read_text())
+    mid, own = read("06_midtraining"), read("16_claims")
+    assert own["plan_midtrain_mtok"]*1e6 == pytest.approx(mid["steps"]*mid["batch"]*mid["accumulate"]*mid["context"]*own["plan_gpus"], rel=.05)
+
+def test_plan_of_a_profile_without_one():
+    with pytest.raises(core.UserError, match="16_claims.yaml"): C.plan(ROOT/"params"/"nowhere")
+
+def test_captions_and_numbers():
+    assert C.plain("## T\n\nfirst\n\nLook at **this** [one](http://x), `code`.") == "Look at this one, code."
+    rows = C.key_numbers("14_eagle_speedup", dict(speedup=1.4, speedup_lo=1.3, speedup_hi=1.5, wall_s=3.0, chain_speedup=None))
+    assert [r["key"] for r in rows] == ["speedup", "wall_s", "chain_speedup"] and rows[0]["value"] == "1.40 [1.30, 1.50]" and rows[2]["value"] == "not measured"
+
+class Tags(html.parser.HTMLParser):
+    "Unclosed tags, outside addresses, scripts."
+    VOID = {"meta", "img", "br", "link", "input", "hr"}
+    def __init__(self): super().__init__(); self.open, self.bad, self.seen = [], [], []
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID: self.open.append(tag)
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag: self.bad.append(tag)
+
+PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c6360000002000001e221bc330000000049454e44ae426082")
+
+@pytest.fixture
+def run_dir(tmp_path):
+    for stage, m in RUN.items(): core.write_json(tmp_path/stage/"metrics.json", m | dict(wall_s=1.0, peak_mb=2.0))
+    out = tmp_path/"14_eagle_speedup"
+    (out/"speed.png").write_bytes(PNG)
+    cells = [dict(cell_type="markdown", source="# 14 · Скорость <b>&"), dict(cell_type="markdown", source="Смотрите на <script>alert(1)</script> линию."), dict(cell_type="code", source="run.figure(fig, 'speed')")]
+    core.write_json(out/"14_eagle_speedup.ipynb", dict(cells=cells))
+    core.write_json(out/"stamp.json", dict(finished="2026-01-01 00:00", seconds=3, peak_mb=4, seed=0, code_version="abc", code_key=dict(key="k1"), licences=dict(SmolLM2="Apache-2.0"),
+                                           environment=core.environment()))
+    return tmp_path
+
+def test_report(run_dir):
+    page = C.report(run_dir)
+    text = page.read_text(encoding="utf-8")
+    t = Tags(); t.feed(text)
+    assert page == run_dir/"report.html" and not t.bad and not t.open
+    for tag, a in t.seen:
+        assert tag != "link" and not (tag == "script" and a.get("src"))
+        for ref in (a.get("src"), a.get("href")): assert ref is None or ref.startswith(("data:image/png;base64,", "#")), ref
+    assert "url(" not in text and "@import" not in text
+    assert "<script>alert" not in text and "&lt;script&gt;alert(1)" in text and "Скорость &lt;b&gt;&amp;" in text
+    for s in ("14_eagle_speedup", "SmolLM2", "Apache-2.0", "2026-01-01", "1.40 [1.30, 1.50]", "prefers-color-scheme"): assert s in text
+    assert text.count("<tr data-v=") == len(C.claim_table()) and "2.28" in text
+
+def test_report_of_nothing(tmp_path):
+    with pytest.raises(core.UserError, match="no run"): C.report(tmp_path/"absent")
+    assert "No stage of this run has finished" in C.report(tmp_path).read_text()
+
+def test_report_names_a_broken_file(run_dir):
+    (run_dir/"07_sft"/"metrics.json").write_text('{"a": 1')
+    with pytest.raises(core.UserError, match="07_sft"): C.report(run_dir)

@@ -1,0 +1,80 @@
+"Intervals, paired tests, and a sampler that loses and mixes nothing."
+import json, sys, types
+import numpy as np
+import pytest
+from tpro_nb import evaluation as ev
+from tpro_nb.core import UserError, read_jsonl, toy_problems, write_jsonl
+
+def test_coverage_is_95_by_problem_and_less_by_answer():
+    c = ev.coverage(sims=1500)
+    assert 93 <= c["by_problem"] <= 97 and c["by_answer"] < 88
+
+def test_accuracy_at_the_ends_has_width():
+    one, half = ev.accuracy([1.0]*30), ev.accuracy([0, 1]*30)
+    assert one[0] == one[2] == 1 and .85 < one[1] < .95
+    assert half[1] < .5 < half[2]
+    assert ev.accuracy([0.0]*30)[2] > .05
+
+def test_paired_finds_a_real_difference_and_not_a_false_one():
+    rng = np.random.default_rng(0)
+    skill = rng.beta(1, 1, 200)
+    a, b = rng.binomial(1, skill), rng.binomial(1, np.clip(skill*.4, 0, 1))
+    big, none = ev.paired(a, b), ev.paired(rng.binomial(1, skill), rng.binomial(1, skill))
+    assert big["p"] < .001 and big["lo"] > 0 and none["p"] > .01
+    assert abs(none["mdd"] - 2.8*np.std(a - rng.binomial(1, skill))/200**.5) < .05
+    same = ev.paired([1, 0, 1], [1, 0, 1])
+    assert same["p"] == 1 and same["mdd"] is None
+
+@pytest.fixture
+def fake(monkeypatch):
+    calls = []
+    def generate(model, tok, prompts, think, max_new_tokens, temperature, n, seed, batch_size):
+        calls.append((None, think, seed, len(prompts)))
+        return [[dict(text=f"Ответ: {seed}", finished=True)] for _ in prompts]
+    monkeypatch.setitem(sys.modules, "tpro_nb.sft", types.SimpleNamespace(generate=generate))
+    monkeypatch.setitem(sys.modules, "tpro_nb.base_model", types.SimpleNamespace(load_model=lambda p: (types.SimpleNamespace(to=lambda d: None), None)))
+    import tpro_nb
+    monkeypatch.setattr(tpro_nb, "sft", sys.modules["tpro_nb.sft"], raising=False)
+    monkeypatch.setattr(tpro_nb, "base_model", sys.modules["tpro_nb.base_model"], raising=False)
+    return calls
+
+def go(tmp_path, key="a", k=2):
+    write_jsonl(tmp_path/"p.jsonl", toy_problems(5))
+    jobs = [dict(name="m", path="m", mode=m, key=key + m, max_new_tokens=4) for m in ("think", "direct")]
+    return ev.sample(jobs, str(tmp_path/"p.jsonl"), str(tmp_path/"log.jsonl"), k=k, temperature=.6, batch_size=2, seed=10)
+
+def test_sampler_uses_distinct_seeds_and_resumes_after_a_kill(fake, tmp_path):
+    assert go(tmp_path)["answers"] == 20
+    full = read_jsonl(tmp_path/"log.jsonl")
+    assert {(r["sample"], r["seed"]) for r in full} == {(0, 10), (1, 11)} and {c[1] for c in fake} == {True, False}
+    data = (tmp_path/"log.jsonl").read_bytes()
+    (tmp_path/"log.jsonl").write_bytes(data[:len(data)*2//3])           # killed in the middle of a line
+    left = 20 - len(data[:len(data)*2//3].splitlines()) + 1
+    assert go(tmp_path)["answers"] == left
+    again = read_jsonl(tmp_path/"log.jsonl")
+    assert sorted(map(json.dumps, again)) == sorted(map(json.dumps, full))
+    fake.clear(); assert go(tmp_path)["answers"] == 0 and not fake
+
+def test_other_settings_are_told_apart(fake, tmp_path):
+    go(tmp_path); go(tmp_path, key="b")
+    assert len(read_jsonl(tmp_path/"log.jsonl")) == 40
+    ps = toy_problems(3)
+    key = lambda **w: ev.sample_key("hub/x", w.pop("ps", ps), "think", **({"temperature": .6} | w))
+    assert key() == key() != key(temperature=.7) and key(ps=[{**ps[0], "question": "другой"}, *ps[1:]]) != key()
+
+def test_weights_changed_under_the_same_path(tmp_path):
+    (tmp_path/"m").mkdir(); (tmp_path/"m"/"w").write_text("1"); a = ev.model_digest(str(tmp_path/"m"))
+    (tmp_path/"m"/"w").write_text("2")
+    assert ev.model_digest(str(tmp_path/"m")) != a
+
+def test_repeated_and_missing_ids_are_refused():
+    with pytest.raises(UserError, match="twice"): ev.check_problems(toy_problems(2)*2)
+    with pytest.raises(UserError, match="without problem_id"): ev.check_problems([{"question": "?"}])
+
+def test_four_verdicts_stay_apart():
+    ps = toy_problems(1)
+    answers = [(f"Ответ: {ps[0]['verifiable_answer']}", True), ("Ответ: 999", True), ("", True), ("<think>так", True), ("Думаю", False)]
+    rows = [dict(key="k", model="m", mode="direct", problem_id=ps[0]["problem_id"], sample=i, response=t, finished=f) for i, (t, f) in enumerate(answers)]
+    (t,) = ev.table(ev.score(rows, ps))
+    assert [t[f"{v}_pct"] for v in ("correct", "wrong", "unparsed", "truncated")] == [20, 20, 20, 40]
+    assert t["avg_at_k"] == .2 and t["pass_at_1"] == 1 and t["pass_at_k"] == 1

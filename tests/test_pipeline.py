@@ -1,0 +1,140 @@
+"The runner on a toy chain: what is skipped, what is stale and why, what survives a kill, what is refused."
+import json, os, signal, subprocess, sys, time
+import pytest
+from tpro_nb import pipeline as P
+from tpro_nb.core import UserError
+from conftest import write_notebook, CHAIN
+
+def states(root): return {s.stage: s.state for s in P.status(root, "toy")}
+def run(root, **kw):
+    lines = []
+    P.run(root, "toy", say=lines.append, **kw)
+    return lines
+
+def test_second_run_does_nothing(chain):
+    assert states(chain) == dict.fromkeys(CHAIN, "missing")
+    run(chain)
+    stamps = {s: (chain/"outputs/toy"/s/"stamp.json").read_bytes() for s in CHAIN}
+    assert set(states(chain).values()) == {"current"}
+    assert all(l.endswith("current") for l in run(chain))
+    assert stamps == {s: (chain/"outputs/toy"/s/"stamp.json").read_bytes() for s in CHAIN}
+
+def test_stale_says_why_and_spreads_downwards(chain):
+    run(chain)
+    (chain/"params/toy/02_double.yaml").write_text("run_dir: outputs/toy\nn: 5\n")
+    by = {s.stage: s for s in P.status(chain, "toy")}
+    assert by["01_make"].state == "current"
+    assert by["02_double"].state == "stale" and "parameter changed: n" in by["02_double"].why
+    assert by["03_use"].state == "stale" and "02_double" in by["03_use"].why
+
+def test_prose_and_comments_do_not_make_stale_but_code_does(chain):
+    run(chain)
+    cells = list(CHAIN["01_make"])
+    cells[2] = cells[2].replace("write_json", "# why this file\nwrite_json", 1)
+    write_notebook(chain/"nbs/01_make.ipynb", cells)
+    assert states(chain)["01_make"] == "current"
+    cells[2] = cells[2].replace("[n]", "[n + 1]")
+    write_notebook(chain/"nbs/01_make.ipynb", cells)
+    assert states(chain)["01_make"] == "stale"
+
+def test_damaged_artefact_is_noticed_and_made_again(chain):
+    run(chain)
+    x = chain/"outputs/toy/01_make/x.json"
+    good = x.read_bytes(); x.write_bytes(good[:1])
+    assert "artefact changed or gone: x.json" in P.status(chain, "toy")[0].why
+    run(chain)
+    assert x.read_bytes() == good and set(states(chain).values()) == {"current"}
+
+def test_users_mistake_in_a_stage_then_resume(chain, monkeypatch):
+    monkeypatch.setenv("TOY_WRONG", "1")
+    with pytest.raises(UserError, match="03_use: y is wrong"): run(chain)
+    assert states(chain) == {"01_make": "current", "02_double": "current", "03_use": "failed"}
+    monkeypatch.delenv("TOY_WRONG")
+    lines = run(chain)
+    assert lines[0].endswith("current") and lines[1].endswith("current") and "done in" in lines[-1]
+
+def test_bug_in_a_stage_names_the_executed_notebook(chain, monkeypatch):
+    monkeypatch.setenv("TOY_BUG", "1")
+    with pytest.raises(RuntimeError, match="ZeroDivisionError.*\n.*03_use.ipynb"): run(chain)
+
+def test_only_and_from(chain):
+    with pytest.raises(UserError, match="needs 01_make/x.json, but 01_make is missing"): run(chain, only="02_double")
+    run(chain, only="01")
+    assert states(chain)["02_double"] == "missing"
+    run(chain, start="02")
+    assert set(states(chain).values()) == {"current"}
+
+@pytest.mark.parametrize("text, complaint", [
+    ("run_dir: outputs/toy\nsede: 1\n", "unknown parameter `sede`; did you mean `seed`?"),
+    ("run_dir: outputs/toy\nlr: 1e-4\n", "write 1.0e-4"),
+    ("run_dir: outputs/toy\nseed: on\n", "`seed` must be int, not True"),
+    ("run_dir: [\n", "not valid YAML"), ("seed: 0\n", "`run_dir` is missing")])
+def test_wrong_parameters_stop_everything_before_a_kernel_starts(chain, text, complaint):
+    (chain/"params/toy/03_use.yaml").write_text(text)
+    with pytest.raises(UserError) as e: run(chain)
+    assert complaint in str(e.value) and "03_use.yaml" in str(e.value)
+    assert not (chain/"outputs").exists()
+
+def test_unknown_profile_and_stage_have_suggestions(chain):
+    with pytest.raises(UserError, match="did you mean `toy`"): P.load_params(chain, "toi")
+    with pytest.raises(UserError, match="did you mean `03_use`"): run(chain, only="03_usee")
+
+def start(chain, **env):
+    code = "import sys; from pathlib import Path; from tpro_nb.pipeline import run; run(Path(sys.argv[1]), 'toy')"
+    return subprocess.Popen([sys.executable, "-c", code, str(chain)], env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+def wait_for(path, seconds=60):
+    end = time.time() + seconds
+    while not (path.exists() and path.read_text()):
+        assert time.time() < end, f"{path} did not appear"
+        time.sleep(.1)
+    return int(path.read_text())
+
+def gone(pid):
+    try: return open(f"/proc/{pid}/stat").read().split(")")[1].split()[0] == "Z"
+    except FileNotFoundError: return True
+
+def test_killed_kernel_is_a_line_not_a_hang(chain):
+    p = start(chain, TOY_SLEEP="1")
+    os.kill(wait_for(chain/"outputs/toy/02_double/pid"), signal.SIGKILL)
+    _, err = p.communicate(timeout=45)
+    assert p.returncode and "02_double: the kernel died" in err
+    assert states(chain)["01_make"] == "current" and states(chain)["02_double"] == "failed"
+
+def test_killed_runner_loses_nothing_and_leaves_nobody_behind(chain):
+    p = start(chain, TOY_SLEEP="1")
+    kernel = wait_for(chain/"outputs/toy/02_double/pid")
+    with pytest.raises(UserError, match="another tpro-nb is running"): run(chain)
+    p.send_signal(signal.SIGKILL); p.wait()
+    assert states(chain) == {"01_make": "current", "02_double": "missing", "03_use": "missing"}
+    end = time.time() + 20
+    while not gone(kernel): assert time.time() < end, "the kernel outlived its runner"; time.sleep(.2)
+    assert run(chain)[0].endswith("current")
+    assert set(states(chain).values()) == {"current"}
+
+def test_full_disk_is_one_line(chain, monkeypatch):
+    import errno
+    from tpro_nb import core
+    def full(*a): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(core.os, "replace", full)
+    with pytest.raises(UserError, match="No space left on device. Free space"): core.write_json(chain/"a.json", 1)
+    assert not list(chain.glob(".a.json*"))
+
+def test_publish_and_reference_status(chain):
+    with pytest.raises(UserError, match="not publishing"): P.publish(chain, "toy", say=lambda *_: 0)
+    run(chain)
+    (chain/"outputs/toy/01_make/model.safetensors").write_bytes(b"0"*100)
+    run(chain)
+    dst = P.publish(chain, "toy", say=lambda *_: 0)
+    assert (dst/"01_make/01_make.ipynb").exists() and not list(dst.rglob("*.safetensors"))
+    assert {s.state for s in P.reference_status(chain, "toy")} == {"current"}
+    (chain/"params/toy/03_use.yaml").write_text("run_dir: outputs/toy\nn: 2\n")
+    assert [s.state for s in P.reference_status(chain, "toy")] == ["current", "current", "stale"]
+
+def test_command_line_statuses(chain, monkeypatch, capsys):
+    monkeypatch.chdir(chain)
+    (chain/"params/toy/01_make.yaml").write_text("run_dir: outputs/toy\nlr: 1e-4\n")
+    with pytest.raises(SystemExit) as e: P.main(["run", "toy"])
+    assert e.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "Traceback" not in err

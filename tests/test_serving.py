@@ -1,0 +1,100 @@
+"Export to SGLang's layout: names, shapes, dtypes, token map, tree rule, flags, launch script."
+import shutil, subprocess
+from pathlib import Path
+import pytest, torch
+from safetensors.torch import load_file, save_file
+from tpro_nb.core import UserError, read_json, toy, write_json
+from tpro_nb.eagle_draft import random_draft
+from tpro_nb.serving import Endpoint, arguments, check_flags, compare, export, flag_table, launch_script, sglang_parses, target_shapes, tensors, write_token_map
+
+TARGET = toy("03_base_model/base")
+
+@pytest.fixture
+def folders(tmp_path):
+    random_draft(tmp_path/"draft", TARGET, hot=list(range(100)))
+    return TARGET, tmp_path/"draft", tmp_path/"out"
+
+def edit(folder: Path, change):
+    t = load_file(folder/"model.safetensors"); change(t); save_file(t, folder/"model.safetensors")
+
+def test_export(folders):
+    r = export(*folders)
+    out = folders[2]
+    assert torch.load(out/"hot_token_map.pt", weights_only=True) == list(range(100))
+    assert sorted(p.name for p in (out/"draft").iterdir()) == ["config.json", "model.safetensors"]
+    assert r["names_checked"] == len(tensors(TARGET)) + 10 and (out/"target"/"tokenizer.json").exists()
+    assert read_json(out/"draft"/"config.json")["architectures"] == ["LlamaForCausalLMEagle"]
+    assert (folders[1]/"hot_tokens.json").exists()          # the source is untouched
+    export(*folders)                                        # and again over itself
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.__setitem__("layers.0.self_attn.query.weight", t.pop("layers.0.self_attn.q_proj.weight")), "missing"),
+    (lambda t: t.__setitem__("layers.0.input_layernorm.weight", torch.ones(64, dtype=torch.bfloat16)), "not expected"),
+    (lambda t: t.__setitem__("fc.weight", t["fc.weight"][:, :64].contiguous()), "shape"),
+    (lambda t: t.__setitem__("fc.bias", t["fc.bias"].float()), "dtype"),
+    (lambda t: t.pop("fc.bias"), "fc.bias: missing")])
+def test_what_sglang_would_not_report(folders, change, message):
+    edit(folders[1], change)
+    with pytest.raises(UserError, match=message): export(*folders)
+
+def test_broken_files(folders):
+    c = read_json(folders[1]/"config.json")
+    write_json(folders[1]/"config.json", c | dict(vocab_size=c["vocab_size"] + 1))
+    with pytest.raises(UserError, match="vocab_size"): export(*folders)
+    write_json(folders[1]/"config.json", c); write_json(folders[1]/"hot_tokens.json", [c["vocab_size"]])
+    with pytest.raises(UserError, match="hot tokens"): export(*folders)
+    write_json(folders[1]/"hot_tokens.json", [1]); (folders[1]/"model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="cannot read"): export(*folders)
+    (folders[1]/"model.safetensors").unlink()
+    with pytest.raises(UserError, match="no safetensors"): export(*folders)
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_target_table_is_what_transformers_saves(tmp_path, tied):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                 tie_word_embeddings=tied)).save_pretrained(tmp_path)
+    for folder in (tmp_path, TARGET):
+        assert all(r["ok"] for r in compare(folder, target_shapes(read_json(folder/"config.json")), ("F32", "BF16")))
+
+@pytest.mark.parametrize("steps, topk, n, ok", [(5, 8, 64, True), (1, 3, 4, True), (1, 3, 5, False), (2, 3, 13, True), (2, 3, 14, False), (3, 1, 4, True), (3, 1, 3, False),
+                                                (0, 1, 1, False), (3, 0, 4, False)])
+def test_tree_rule(steps, topk, n, ok):
+    e = Endpoint("t", "m", draft="d", steps=steps, topk=topk, draft_tokens=n)
+    if ok: assert e.check() is e
+    else:
+        with pytest.raises(UserError): e.check()
+
+def test_tree_rule_counts_candidates():
+    "The bound is the number of candidates of a fully expanded beam of topk, counted."
+    for steps in range(1, 5):
+        for topk in range(2, 5):
+            level, total = topk, 1 + topk
+            for _ in range(steps - 1): total += min(level, topk)*topk; level = min(level, topk)*topk
+            Endpoint("t", "m", draft="d", steps=steps, topk=topk, draft_tokens=total).check()
+            with pytest.raises(UserError): Endpoint("t", "m", draft="d", steps=steps, topk=topk, draft_tokens=total + 1).check()
+
+@pytest.mark.parametrize("args", [["--speculative-topk", "4"], ["--port", "http"], ["--port"], ["--port", "--host"], ["--speculative-algorithm", "MAGIC"], ["tree"]])
+def test_bad_flags(args):
+    with pytest.raises(UserError): check_flags(args)
+
+def test_plain_endpoint_has_no_speculative_flag():
+    a = arguments(Endpoint("plain", "m"))
+    assert not [x for x in a if "speculative" in x] and a[a.index("--host") + 1] == "127.0.0.1" and set(x for x in a if x.startswith("--")) <= set(flag_table())
+
+def test_sglang_is_not_here():
+    import importlib.util
+    assert (sglang_parses(["--model-path", "m"]) is None) == (importlib.util.find_spec("sglang") is None)
+
+def test_launch_script_runs_what_it_says(tmp_path):
+    "A stand-in `python` on PATH prints its arguments."
+    tree = Endpoint("tree", "a folder/it's", draft="d", steps=3, topk=4, draft_tokens=8, token_map="map.pt", extra=("--tp-size", "2"))
+    (tmp_path/"launch.sh").write_text(launch_script([tree, Endpoint("plain", "m")]))
+    (tmp_path/"python").write_text('#!/bin/sh\nfor a in "$@"; do echo "$a"; done\n'); (tmp_path/"python").chmod(0o755)
+    run = lambda *a: subprocess.run(["sh", str(tmp_path/"launch.sh"), *a], capture_output=True, text=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    assert run("tree", "--port", "5").stdout.splitlines() == ["-m", "sglang.launch_server", *arguments(tree), "--port", "5"]
+    assert run("plain").stdout.splitlines()[2:] == arguments(Endpoint("plain", "m"))
+    assert run("nope").returncode == 2 and "tree|plain" in run().stderr
+
+def test_token_map_must_fit(tmp_path):
+    for hot in ([], [1, 1], [-1], [7]):
+        with pytest.raises(UserError): write_token_map(tmp_path/"m.pt", hot, 7)

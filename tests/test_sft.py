@@ -1,0 +1,89 @@
+"Chapter 07: the boundary between prompt and answer, the mask, sampling, and the paper's table 14."
+from pathlib import Path
+import pytest, torch, yaml
+from tokenizers import Tokenizer, models, pre_tokenizers, decoders
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tpro_nb.base_model import load_model
+from tpro_nb.core import CHAT_TEMPLATE, SPECIALS, THINK, UserError, toy, toy_rows
+from tpro_nb.midtraining import prompt_ids
+from tpro_nb.sft import TRAINING_TEMPLATE, dataset, generate, leaks, show_mask, train_row, training_text, turns
+
+ROOT = Path(__file__).resolve().parent.parent
+THINKING, DIRECT = toy_rows(2)
+ASK = dict(role="user", content="А вдвое больше?")
+DIALOGUES = [(THINKING["messages"], "think"), (DIRECT["messages"], "direct"), ([*THINKING["messages"], ASK, *DIRECT["messages"][1:]], "direct"),
+             ([*DIRECT["messages"], ASK, *THINKING["messages"][1:]], "think"), ([dict(role="system", content="Отвечай кратко."), *DIRECT["messages"]], "direct")]
+
+def newline_tokenizer():
+    "Bytes and one merge, ĊĊ, under GPT-2's splitting rule: the case in which whole-text tokenising moves the boundary."
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    t = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*letters, "ĊĊ"])}, merges=[("Ċ", "Ċ")]))
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    t.add_special_tokens(SPECIALS); t.add_tokens(THINK)
+    tok = PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tok.chat_template = CHAT_TEMPLATE
+    return tok
+
+@pytest.fixture(params=["toy", "newline"])
+def tok(request): return AutoTokenizer.from_pretrained(toy("07_sft/model")) if request.param == "toy" else newline_tokenizer()
+
+@pytest.mark.parametrize("messages,mode", DIALOGUES)
+def test_tokens_before_the_answer_are_the_inference_prompt(tok, messages, mode):
+    got = train_row(tok, dict(messages=messages, mode=mode))
+    n = got["labels"].count(-100)
+    served = tok.apply_chat_template(messages[:-1], add_generation_prompt=True, enable_thinking=mode == "think", return_dict=False)
+    assert got["input_ids"][:n] == served == prompt_ids(tok, messages[:-1], mode == "think")
+    assert tok.decode(got["input_ids"]) + "\n" == training_text(tok, messages)
+    assert tok.decode(got["input_ids"][n:]) == messages[-1]["content"] + "<|im_end|>" and -100 not in got["labels"][n:]
+    for context in (n + 1, n + 3):
+        cut = train_row(tok, dict(messages=messages, mode=mode), context)
+        assert cut["input_ids"][:n] == served and cut["cut"] and cut["labels"] == got["labels"][:context]
+
+def test_whole_text_tokenising_would_move_the_boundary():
+    "If this stops failing for the naive way, the two-piece way is no longer needed."
+    tok, messages = newline_tokenizer(), DIRECT["messages"]
+    served = prompt_ids(tok, messages[:1], False)
+    assert tok(training_text(tok, messages), add_special_tokens=False)["input_ids"][:len(served)] != served
+
+def test_generation_marks_agree_with_labels():
+    tok = AutoTokenizer.from_pretrained(toy("07_sft/model"))
+    for messages, mode in DIALOGUES:
+        out = tok.apply_chat_template(messages, chat_template=TRAINING_TEMPLATE, return_dict=True, return_assistant_tokens_mask=True)
+        marked = tok.decode([i for i, m in zip(out["input_ids"], out["assistant_masks"]) if m])
+        assert marked == messages[-1]["content"] + "<|im_end|>"
+
+def test_dialogues_become_one_row_a_turn():
+    rows = turns(dict(messages=DIALOGUES[3][0], mode="think"))
+    assert [(len(r["messages"]), r["mode"]) for r in rows] == [(2, "direct"), (4, "think")]
+    assert "<think>" not in train_text(rows[1]).split("<|im_start|>assistant")[1]
+
+def train_text(row): return training_text(AutoTokenizer.from_pretrained(toy("07_sft/model")), row["messages"])
+
+def test_cut_rows_are_counted_and_empty_sets_refused():
+    tok = AutoTokenizer.from_pretrained(toy("07_sft/model"))
+    assert dataset(tok, toy_rows(8), 4096)[1] == 0 and dataset(tok, toy_rows(8), 52)[1] > 0
+    with pytest.raises(UserError, match="no training rows"): dataset(tok, [], 64)
+    with pytest.raises(UserError, match="cuts every row"): dataset(tok, toy_rows(8), 5)
+
+def test_mask_viewer_marks_the_answer_only():
+    tok = AutoTokenizer.from_pretrained(toy("07_sft/model"))
+    assert show_mask(tok, DIRECT, plain=True).endswith("[<|im_end|>]") and "[<think>]" in show_mask(tok, THINKING, plain=True)
+    assert "[<think>]" not in show_mask(tok, DIRECT, plain=True) and show_mask(tok, DIRECT).startswith("<div")
+
+def test_generate_batches_like_singles_and_samples_reproducibly():
+    model, tok = load_model(toy("07_sft/model"), torch.float32)
+    asked = ["Где?", "Сколько будет 12 + 30?", "Под каким стаканом шарик, если его дважды передвинули?"]
+    many = generate(model, tok, asked, True, 8, batch_size=2)
+    assert [r[0]["ids"] for r in many] == [generate(model, tok, [q], True, 8)[0][0]["ids"] for q in asked]
+    draws = generate(model, tok, asked, False, 8, temperature=1., n=3, seed=5)
+    assert draws == generate(model, tok, asked, False, 8, temperature=1., n=3, seed=5) != generate(model, tok, asked, False, 8, temperature=1., n=3, seed=6)
+    assert [len(r) for r in draws] == [3]*3 and all(len(a["ids"]) <= 8 and (a["finished"] or len(a["ids"]) == 8) for r in draws for a in r)
+
+def test_leaks():
+    assert not leaks("<think>\nраз\n</think>\n\nОтвет: 1", True) and not leaks("Ответ: 1", False)
+    assert leaks("Ответ: 1", True) and leaks("Ответ </think>", False)
+
+def test_sft_recipe_is_table_14():
+    p = yaml.safe_load((ROOT/"params"/"h100x32"/"07_sft.yaml").read_text())
+    assert (p["epochs"], p["steps"], p["lr"], p["warmup"], p["beta1"], p["beta2"], p["eps"], p["clip"]) == (2.0, 0, 1e-6, .1, .9, .95, 1e-12, 2.0)
+    assert p["context"] == 32768 and p["packing"] and p["batch"]*p["accumulate"]*32 == 32 and p["rank"] == 0

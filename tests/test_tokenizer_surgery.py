@@ -1,0 +1,129 @@
+"Chapters 01 and 02 on a toy vocabulary: the swap, its certificate, and what the certificate must refuse."
+import copy, json, unicodedata
+import pytest
+from hypothesis import given, settings, strategies as st
+from tokenizers import Tokenizer, models
+from tpro_nb import tokenizer_analysis as TA, tokenizer_surgery as S
+from tpro_nb.core import CHAT_TEMPLATE, TOY_TEXT, UserError, read_json, toy_tokenizer
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    "(base, dense) as dicts: twelve entries swapped, think marks kept."
+    toy_tokenizer(p := tmp_path_factory.mktemp("tok")/"base")
+    base = S.load_json(p)
+    words = {S.byte_level(w): 1. for w in S.TOY_WISH}
+    return base, S.operate(base, 12, words, S.usage(S.from_json(base), {}, dict(text=TOY_TEXT)), S.THINK)
+
+@pytest.fixture(scope="module")
+def tok(pair): return S.from_json(pair[1])
+
+def test_size_ids_and_specials_hold(pair):
+    base, dense = pair
+    bv, dv = base["model"]["vocab"], dense["model"]["vocab"]
+    assert len(bv) == len(dv) and sorted(bv.values()) == sorted(dv.values()) and dense["added_tokens"] == base["added_tokens"]
+    assert all(dv[s] == i for s, i in bv.items() if s in dv) and len(set(dv) - set(bv)) == 12
+
+def test_certificate_passes(pair):
+    c = S.certify(pair[1], pair[0], TOY_TEXT)
+    assert c["ok"] and c["tokens_added"] == 12 and c["exceptions"] == {} and c["unreachable_added"] == c["unreachable_kept_new"] == 0
+
+def test_added_tokens_save_tokens(pair, tok):
+    text = "Морозный солнечного дня, деньги счастливо"
+    assert len(tok.encode(text).ids) < len(S.from_json(pair[0]).encode(text).ids)
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_round_trip(tok, s):
+    assert tok.decode(tok.encode(s).ids, skip_special_tokens=False) == s
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(S.TOY_WISH + [" the", "\n", "2026", "! ", "ё"]), max_size=12))
+def test_words_split_where_they_are_joined(pair, tok, ws):
+    "The dense vocabulary never needs more tokens than the base for Cyrillic text."
+    s = "".join(ws)
+    cyr = " ".join(w.strip() for w in ws if S.good_token(S.byte_level(w)))
+    assert tok.decode(tok.encode(s).ids, skip_special_tokens=False) == s
+    assert len(tok.encode(cyr).ids) <= len(S.from_json(pair[0]).encode(cyr).ids)
+
+def test_one_merge_out_of_order_is_caught(pair):
+    base, dense = pair
+    n = len(base["model"]["merges"])
+    for at in (5, n//2, len(dense["model"]["merges"]) - 2):
+        broken = copy.deepcopy(dense)
+        m = broken["model"]["merges"]; m.insert(0, m.pop(at))
+        assert not S.certify(broken, base)["ok"], at
+
+def test_a_stolen_neighbour_is_caught():
+    "All merges valid, none premature: only encoding shows that `кот` is dead."
+    letters = [*S._CHARS.values()]
+    k, o, t = (S.byte_level(c) for c in "кот")
+    def make(merges):
+        vocab = {c: i for i, c in enumerate(letters)}
+        for a, b in merges: vocab.setdefault(a + b, len(vocab))
+        d = json.loads(Tokenizer(models.BPE()).to_str())
+        return d | dict(model=d["model"] | dict(vocab=vocab, merges=[list(m) for m in merges]), decoder=dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True),
+                        pre_tokenizer=dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True))
+    halves = [tuple(x) for x in (k, o, t)]
+    base = make([*halves, (o, t), (t, t)])
+    good, bad = make([*halves, (o, t), (k, o + t)]), make([*halves, (o, t), (k, o)])
+    assert S.certify(good, base)["ok"] and S.certify(bad, base)["unreachable_added"] == 0
+    dead = make([*halves, (o, t), (k, o), (k + o, t)]); dead_base = make([*halves, (o, t), (k, o), (t, t)])
+    c = S.certify(dead, dead_base)
+    assert not c["ok"] and c["unreachable_added"] == 1 and c["merges_premature"] == c["merges_reordered"] == 0
+
+def test_changed_id_and_lost_special_are_caught(pair):
+    base, dense = pair
+    broken = copy.deepcopy(dense); v = broken["model"]["vocab"]
+    a, b = S.byte_level(" м"), "!"
+    names = list(v); x, y = names[100], names[101]; v[x], v[y] = v[y], v[x]
+    assert S.certify(broken, base)["ids_changed"] == 2
+    lost = copy.deepcopy(dense); lost["added_tokens"] = [t for t in lost["added_tokens"] if t["content"] != "<|im_end|>"]
+    assert not S.certify(lost, base)["ok"]
+
+def test_bad_input():
+    with pytest.raises(UserError, match="byte-level"): S.load_json(dict(model=dict(type="Unigram")))
+    with pytest.raises(UserError, match="no tokenizer at"): S.load_json("/nowhere/tokenizer.json")
+
+def test_more_than_can_be_removed(pair):
+    with pytest.raises(UserError, match="may be removed"):
+        S.choose_victims(pair[0], S.usage(S.from_json(pair[0]), {}, dict(text=TOY_TEXT)), 500)
+
+def test_too_few_words(pair):
+    with pytest.raises(UserError, match="support only"): S.grow(pair[0], {S.byte_level(" зимой"): 1.}, 50)
+
+def test_victims_are_leaves_and_never_protected(pair):
+    base = pair[0]
+    gone = S.choose_victims(base, S.usage(S.from_json(base), {}, dict(text=TOY_TEXT)), 12)
+    kept = S.without(base, gone)
+    assert all(a in kept["model"]["vocab"] and b in kept["model"]["vocab"] for a, b in kept["model"]["merges"])
+    assert not any(S.protected(t) for t in S.text_of(S.from_json(base), gone))
+
+def test_job_folders_and_map(tmp_path):
+    from transformers import AutoTokenizer
+    r = S.surgery_job("toy", 12, str(tmp_path), ["base", "dense"], "toy", 100, 5, 5)
+    old, new = (AutoTokenizer.from_pretrained(tmp_path/n) for n in ("base", "dense"))
+    assert new.chat_template == CHAT_TEMPLATE and new.eos_token == "<|im_end|>" and new.pad_token == "<|endoftext|>" and len(old) == len(new)
+    for mark in S.SPECIALS + S.THINK: assert len(new.encode(mark, add_special_tokens=False)) == 1, mark
+    m = read_json(tmp_path/"id_map.json")
+    assert m["kept"] + len(m["added"]) == m["vocab_size"] == len(new) and len(m["added"]) == 12
+    for i, text, pieces in m["added"]: assert new.decode([i]) == text == old.decode(pieces)
+    assert read_json(tmp_path/"certificate_base.json")["ok"] and r["certificate"]["tokens_added"] == 12
+    assert S.dense_tokenizer(tmp_path/"dense").get_vocab_size() == len(new)
+
+def test_words_and_density(tok):
+    assert TA.words("по-русски: 5 слов, don't") == ["по-русски", "слов", "don't"]
+    d = TA.density(tok, ["да да нет", "нет"])
+    assert list(d["words"]) == [3, 1] and (d["one"] <= d["two"]).all() and d["types"] == 2
+
+def test_paper_passes_never_fall_and_miss_what_needs_helpers():
+    base = S.load_json(json.loads(json.dumps(S.load_json(_plain()))))
+    share = S.two_piece_passes(base, [S.byte_level(w) for w in ("к", "ко", "кот", "щ", "ъщ")], 4)
+    assert share == sorted(share) and len(share) == 5
+
+def _plain():
+    d = json.loads(Tokenizer(models.BPE()).to_str())
+    k, o, t = (S.byte_level(c) for c in "кот")
+    vocab = {c: i for i, c in enumerate(S._CHARS.values())}
+    for x in (k, o, t): vocab[x] = len(vocab)
+    return d | dict(model=d["model"] | dict(vocab=vocab, merges=[list(x) for x in (k, o, t)]), decoder=dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True),
+                    pre_tokenizer=dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True))
