@@ -61,7 +61,9 @@ def train_text(row): return training_text(AutoTokenizer.from_pretrained(toy("07_
 
 def test_cut_rows_are_counted_and_empty_sets_refused():
     tok = AutoTokenizer.from_pretrained(toy("07_sft/model"))
-    assert dataset(tok, toy_rows(8), 4096)[1] == 0 and dataset(tok, toy_rows(8), 52)[1] > 0
+    rows = toy_rows(8)
+    longest = max(len(train_row(tok, r)["input_ids"]) for r in rows)
+    assert dataset(tok, rows, longest)[1] == 0 and dataset(tok, rows, longest - 1)[1] > 0
     with pytest.raises(UserError, match="no training rows"): dataset(tok, [], 64)
     with pytest.raises(UserError, match="cuts every row"): dataset(tok, toy_rows(8), 5)
 

@@ -127,3 +127,29 @@ def _plain():
     for x in (k, o, t): vocab[x] = len(vocab)
     return d | dict(model=d["model"] | dict(vocab=vocab, merges=[list(x) for x in (k, o, t)]), decoder=dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True),
                     pre_tokenizer=dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True))
+
+def test_table_rebuilds_and_refuses(pair):
+    base, dense = pair
+    data = S.pack(dense, base)
+    assert S.fingerprint(S.unpack(data, base)) == S.fingerprint(dense) and len(data) < 5000
+    with pytest.raises(UserError, match="another base"): S.unpack(data, dense)
+
+def test_pack_refuses_a_broken_table(pair):
+    import lzma
+    base, dense = pair
+    t = json.loads(lzma.decompress(S.pack(dense, base))); t["cut"][0] += 1
+    with pytest.raises(UserError): S.unpack(lzma.compress(json.dumps(t).encode()), base)
+
+def test_shipped_table():
+    "The 34,000 of the library: its table is whole, and rebuilds where chapter 00's vocabulary is already in the cache."
+    import lzma
+    from pathlib import Path
+    from tpro_nb.core import cache_dir
+    table = json.loads(lzma.decompress((Path(S.__file__).parent/"tables"/"qwen3_dense.json.xz").read_bytes()))
+    assert len(table["removed"]) == len(table["added"]) == len(table["cut"]) == 34_000 == len(set(table["added"]))
+    assert all(S.good_token(t) and 0 < k < len(t) for t, k in zip(table["added"], table["cut"]))
+    if not list((cache_dir()/"vocabularies").glob("qwen3-*.json")): pytest.skip("Qwen3's vocabulary is not in the cache")
+    tok = S.dense_tokenizer()
+    assert tok.get_vocab_size() == 151_669 and tok.token_to_id("<think>") == 151_667
+    line = "Мороз и солнце; день чудесный! Қазақстан Республикасы."
+    assert len(tok.encode(line).ids) < .75*len(S.assets.qwen3_tokenizer().encode(line).ids) and tok.decode(tok.encode(line).ids) == line

@@ -349,11 +349,12 @@ def code(part: str, limit: int = 0) -> list[str]:
     "Source files of the standard library."
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(p for p in root.rglob("*.py") if "site-packages" not in p.parts and "test" not in str(p.relative_to(root)) and p.stat().st_size < 60_000)
-    keep = [p for p in files if side(str(p.relative_to(root)), .3) == part]
     texts = []
-    for p in keep[:limit or None]:
-        try: texts.append(p.read_text(encoding="utf-8"))
-        except UnicodeDecodeError: pass
+    for p in files:
+        try: t = p.read_text(encoding="utf-8")
+        except UnicodeDecodeError: continue
+        if t.strip() and side(t, .3) == part: texts.append(t)      # by content: copies of one file stay together
+        if limit and len(texts) == limit: break
     return texts
 
 # %% ../nbs/00_assets.ipynb #d27fea76

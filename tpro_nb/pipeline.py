@@ -114,7 +114,7 @@ def modules_used(sources: list[str], lib: Path) -> dict[str, str]:
                 f = lib/f"{m}.py"
                 if m not in seen and f.exists():
                     text = f.read_text(encoding="utf-8"); seen[m] = code_digest(text); todo.append(text)
-        for f in (lib/"tables").glob("*"):
+        for f in (lib/"tables").glob("*.csv"):
             if f.name != "metrics.csv" and f.name in src: seen[f"tables/{f.name}"] = sha256(f)[:16]
     return dict(sorted(seen.items()))
 
