@@ -6,7 +6,7 @@ from tpro_nb import claims as C, core
 from conftest import ROOT
 
 FULL = dict(tokens_added=34000, vocab_size=151669, unreachable_added=0, unreachable_kept_new=0, ru_tok_ratio=.71, ru_tok_ratio_lo=.70, ru_tok_ratio_hi=.72)
-RUN = {"02_tokenizer_surgery": FULL, "07_sft": dict(think_minus_direct_pct=30., think_minus_direct_pct_lo=20., think_minus_direct_pct_hi=40.),
+RUN = {"01_tokenizer_analysis": dict(vocab_size=151669), "02_tokenizer_surgery": FULL, "07_sft": dict(think_minus_direct_pct=30., think_minus_direct_pct_lo=20., think_minus_direct_pct_hi=40.),
        "14_eagle_speedup": dict(speedup=1.4, speedup_lo=1.3, speedup_hi=1.5, acceptance_length=2.4, acceptance_length_lo=2.3, acceptance_length_hi=2.5)}
 by_id = lambda rows: {r["id"]: r for r in rows}
 
@@ -171,3 +171,8 @@ def test_report_of_nothing(tmp_path):
 def test_report_names_a_broken_file(run_dir):
     (run_dir/"07_sft"/"metrics.json").write_text('{"a": 1')
     with pytest.raises(core.UserError, match="07_sft"): C.report(run_dir)
+
+def test_a_smaller_swap_is_undecided_not_a_contradiction():
+    small = {"01_tokenizer_analysis": dict(vocab_size=151669), "02_tokenizer_surgery": FULL | dict(tokens_added=300, vocab_size=20000)}
+    rows = by_id(C.ledger(small, "a model", decides=False))
+    assert rows["tok-34k"]["verdict"] == "not run here" and rows["tok-152064"]["verdict"] == "contradicted"
