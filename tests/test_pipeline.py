@@ -138,3 +138,15 @@ def test_command_line_statuses(chain, monkeypatch, capsys):
     assert e.value.code == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "Traceback" not in err
+
+def test_stamp_holds_the_code_a_stage_started_with(chain):
+    def edit(stage, old, new):
+        cells = [c.replace(old, new) for c in CHAIN[stage]]
+        write_notebook(chain/"nbs"/f"{stage}.ipynb", cells)
+    def say(line):                                    # after stage 1 somebody edits a stage that has run and one that has not
+        if "01_make" in line and "done in" in line: edit("01_make", "[n]", "[n + 1]"); edit("02_double", "x*2", "x*3")
+    P.run(chain, "toy", say=say)
+    by = {s.stage: s for s in P.status(chain, "toy")}
+    assert by["01_make"].why == "its code changed" and by["02_double"].why == "upstream changed: 01_make"
+    edit("01_make", "", "")
+    assert set(states(chain).values()) == {"current"} and json.loads((chain/"outputs/toy/02_double/y.json").read_text()) == [1, 1, 1]

@@ -601,7 +601,7 @@ def verdict(row: dict, metrics: dict[str, dict], decides: bool, cost: str) -> tu
     if not decides and not exact: return "not run here", f"this profile only shows that the code runs; {cost}"
     if got == 1: return "direction holds at small scale", ""
     if got == -1: return "contradicted", "by what was measured here" + ("" if exact else ", at this scale")
-    return "not run here", f"measured, and the interval does not decide; {cost}"
+    return "not run here", f"measured, but not decided: the interval straddles the threshold, or a mark set by us was missed; {cost}"
 
 # %% ../nbs/16_claims.ipynb #b2d324ed
 def ledger(metrics: dict[str, dict],    # stage → its metrics.json

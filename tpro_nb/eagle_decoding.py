@@ -815,8 +815,7 @@ def bf16_compare(prompts, new, model_dir, draft_dir, shape, fp32: Decoder) -> di
             i = next((i for i, (u, v) in enumerate(zip(x, y)) if u != v), None)
             if i is None: continue
             pre = p + x[:i]
-            f = dec.target.forward(dec.embed[pre].float(), list(range(len(pre))), 0, 0, causal(len(pre)))
-            low = [dec.target.mm(f[-1:], dec.head)[0], hf(torch.tensor([pre])).logits[0, -1]]
+            low = [hf(torch.tensor([pre])).logits[0, -1]]      # a yardstick of rounding that does not depend on our kernels
             rows.append(dict(against=against) | classify(pre, x[i], y[i], fp32, low))
     return dict(same=same, runs=len(prompts), divergences=rows)
 

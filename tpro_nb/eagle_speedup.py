@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['PAPER_20', 'PAPER_21', 'PAPER_SPEEDUP', 'PAPER_BREAK_EVEN', 'speedup', 'break_even', 'forward_times', 'tau',
-           'forecast', 'choose_tree', 'Clock', 'hf_events', 'meta', 'contestants', 'measure', 'totals', 'against',
-           'per', 'finite', 'speed_metrics', 'groups', 'write_csv', 'plot_domains', 'plot_scatter',
+           'forecast', 'choose_tree', 'Clock', 'hf_events', 'meta', 'contestants', 'measure', 'totals', 'by_prompt',
+           'against', 'per', 'finite', 'speed_metrics', 'groups', 'write_csv', 'plot_domains', 'plot_scatter',
            'acceptance_by_depth', 'plot_acceptance', 'plot_cost', 'prepared', 'end_ids']
 
 # %% ../nbs/14_eagle_speedup.ipynb #7d5fa0e1
@@ -137,13 +137,17 @@ def totals(events) -> dict:
             t["emitted"] += len(e["accepted"]) + 1; t["accepted"] += len(e["accepted"]); t["drafted"] += len(e["tree"]["tokens"]) - 1
     return {k: {r: t for r, t in v.items() if t["tokens"]} for k, v in out.items()}
 
+def by_prompt(pairs: dict, seed: int = 0):
+    "Ratio of sums over {request: (numerator, denominator)}; both modes of a prompt are one cluster."
+    sums = defaultdict(lambda: np.zeros(2))
+    for r, p in pairs.items(): sums[r.removesuffix("-think").removesuffix("-direct")] += p
+    return ratio_ci(*zip(*sums.values()), seed) if sums else None
+
 def against(slow: dict, fast: dict, seed: int = 0):
     "Speed-up of `fast` over `slow` on their common requests: seconds per token, summed over prompts, with its interval."
-    both = [r for r in fast if r in slow]
-    if not both: return None
-    return ratio_ci([slow[r]["ms"]/slow[r]["tokens"]*fast[r]["tokens"] for r in both], [fast[r]["ms"] for r in both], seed)
+    return by_prompt({r: (slow[r]["ms"]/slow[r]["tokens"]*fast[r]["tokens"], fast[r]["ms"]) for r in fast if r in slow}, seed)
 
-def per(t: dict, num: str, den: str, seed: int = 0): return ratio_ci([x[num] for x in t.values()], [x[den] for x in t.values()], seed) if t else None
+def per(t: dict, num: str, den: str, seed: int = 0): return by_prompt({r: (x[num], x[den]) for r, x in t.items()}, seed)
 
 # %% ../nbs/14_eagle_speedup.ipynb #38ddb94f
 def finite(x): return None if x is None or not np.isfinite(x) else round(float(x), 4)

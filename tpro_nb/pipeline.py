@@ -4,8 +4,8 @@
 __all__ = ['TYPES', 'SCRATCH', 'test', 'PUBLISHED', 'LIMIT_KB', 'code_cells', 'parsed', 'signature', 'inputs_of', 'stage_names',
            'check_params', 'load_params', 'digest', 'code_digest', 'modules_used', 'code_keys', 'why_differs',
            'list_outputs', 'artefact_hash', 'Status', 'stage_status', 'status', 'reference_status', 'run_lock', 'hms',
-           'export_all', 'execute', 'run_stage', 'git_version', 'choose', 'run', 'publish', 'parser', 'checkout',
-           'cmd_run', 'cmd_status', 'cmd_publish', 'cmd_report', 'cmd_plan', 'cmd_certify', 'main']
+           'export_all', 'execute', 'run_stage', 'git_version', 'choose', 'run', 'key_at_start', 'publish', 'parser',
+           'checkout', 'cmd_run', 'cmd_status', 'cmd_publish', 'cmd_report', 'cmd_plan', 'cmd_certify', 'main']
 
 # %% ../nbs/90_pipeline.ipynb #e4d916a5
 import argparse, ast, difflib, hashlib, json, os, re, shutil, subprocess, sys, time
@@ -303,13 +303,19 @@ def run(root: Path, profile: str, only: str | None = None, start: str | None = N
                 if stage in wanted: say(f"[{i:2}/{n}] {stage:22} current")
                 continue
             have = _inputs_now(folder, stage, ins, done)
+            now = key_at_start(code_keys(root, params)[stage], done)
             left = [guess.get(s) for s in wanted if s not in done]
             eta = f"about {hms(guess[stage])} on the reference machine; all that is left {hms(sum(x or 0 for x in left))}" if guess.get(stage) else "no earlier timing"
             say(f"[{i:2}/{n}] {stage:22} {st.why or (f'{ran[0]} ran' if ran else st.state)}; {eta}")
-            stamp = run_stage(root, stage, params[stage], keys[stage], have, f"[{i:2}/{n}] {stage}")
+            stamp = run_stage(root, stage, params[stage], now, have, f"[{i:2}/{n}] {stage}")
             done[stage] = Status(stage, "ran", "", stamp)
             say(f"[{i:2}/{n}] {stage:22} done in {hms(stamp['seconds'])}, peak {stamp['peak_mb']/1024:.1f} GB")
     return list(done.values())
+
+def key_at_start(keys: dict, done: dict[str, Status]) -> dict:
+    "A stage's code key as it starts: the code may have been edited since the run began, and upstream counts as it was when it ran."
+    parts = {k: v for k, v in keys.items() if k != "key"} | dict(upstream={u: done[u].stamp["code_key"]["key"] for u in keys["upstream"]})
+    return parts | dict(key=digest(parts))
 
 def _inputs_now(folder: Path, stage: str, names: list[str], done: dict[str, Status]) -> dict[str, str | None]:
     "Hashes of a stage's inputs; an error where an upstream stage of this profile has not run."
