@@ -95,10 +95,11 @@ def test_data_resumes_and_respects_budget(data):
     job, report, work = data
     shards = sorted(work.glob("shard_*"))
     before = [s.read_bytes() for s in shards]
+    ids = load_file(shards[-1])["ids"]
     shards[-1].unlink()                       # as if killed before the last shard
     assert make_data(**job)["new_tokens"] == report["new_tokens"]
     for s, b in zip(shards[:-1], before): assert s.read_bytes() == b
-    assert load_file(shards[-1])["ids"].numel() > 0
+    assert torch.equal(load_file(shards[-1])["ids"], ids)
     with pytest.raises(UserError, match="budget_mb"): make_data(**(job | dict(budget_mb=-1)))
 
 def test_collate_shift(data):
@@ -152,8 +153,13 @@ def test_training_resumes_to_the_same_weights(data, tmp_path, monkeypatch):
     cfg = dict(target=TARGET, data=str(data[2]), held=str(data[2]), hot=list(range(400)), epochs=6, lr=1e-3, batch=4, w_feat=1., w_token=.1, noise=.1, beta2=.95,
                clip=.5, warmup=2, depth=2, seed=0, save_s=0.)
     a, b = tmp_path/"a", tmp_path/"b"; a.mkdir(); b.mkdir()
+    real, n, n_steps = ed.update, 0, 0
+    def counted(*args):
+        nonlocal n_steps
+        n_steps += 1
+        return real(*args)
+    monkeypatch.setattr(ed, "update", counted)
     whole = train(**cfg, out=str(a/"draft"), work=str(a))
-    real, n = ed.update, 0
     def dies(*args):
         nonlocal n
         n += 1
@@ -161,8 +167,10 @@ def test_training_resumes_to_the_same_weights(data, tmp_path, monkeypatch):
         return real(*args)
     monkeypatch.setattr(ed, "update", dies)
     with pytest.raises(KeyboardInterrupt): train(**cfg, out=str(b/"draft"), work=str(b))
-    monkeypatch.setattr(ed, "update", real)
+    calls = []
+    monkeypatch.setattr(ed, "update", lambda *args: (calls.append(1), real(*args))[1])
     again = train(**cfg, out=str(b/"draft"), work=str(b))
+    assert len(calls) == n_steps - 4, "the four steps before the kill were done again"
     assert len(again["curve"]) == len(whole["curve"]) and whole["curve"][-1][2] < whole["curve"][0][2]
     x, y = load_file(a/"draft"/"model.safetensors"), load_file(b/"draft"/"model.safetensors")
     assert all(torch.allclose(x[k].float(), y[k].float(), atol=1e-2) for k in x)

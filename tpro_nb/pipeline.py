@@ -326,7 +326,7 @@ def _inputs_now(folder: Path, stage: str, names: list[str], done: dict[str, Stat
     return {n: artefact_hash(done[u].stamp.get("outputs", {}), w) for n in names for u, _, w in [n.partition("/")] if u in done}
 
 # %% ../nbs/90_pipeline.ipynb #5b6718e9
-PUBLISHED, LIMIT_KB = {".ipynb", ".png", ".json", ".csv", ".md", ".sh"}, 400
+PUBLISHED, LIMIT_KB = {".ipynb", ".png", ".json", ".csv", ".md", ".sh"}, 600
 
 def publish(root: Path, profile: str, say=print) -> Path:
     "Copy the small files of a finished run to outputs/reference/<profile>."
