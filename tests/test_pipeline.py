@@ -126,6 +126,7 @@ def test_publish_and_reference_status(chain):
     (chain/"outputs/toy/01_make/model.safetensors").write_bytes(b"0"*100)
     run(chain)
     dst = P.publish(chain, "toy", say=lambda *_: 0)
+    assert not any(str(chain) in f.read_text() for f in dst.rglob("*.ipynb"))
     assert (dst/"01_make/01_make.ipynb").exists() and not list(dst.rglob("*.safetensors"))
     assert {s.state for s in P.reference_status(chain, "toy")} == {"current"}
     (chain/"params/toy/03_use.yaml").write_text("run_dir: outputs/toy\nn: 2\n")

@@ -678,7 +678,9 @@ def summary(claims: list[dict], metrics: dict[str, dict], model: str) -> list[st
     if tok.get("ru_tok_per_word_base") and tok.get("ru_tok_per_word_dense"):
         said.append(f"Swapping {figure(tok.get('tokens_added'))} entries of Qwen3's vocabulary takes Russian text from {tok['ru_tok_per_word_base']:.2f} to {tok['ru_tok_per_word_dense']:.2f} tokens a word (paper: 3.12 to 2.38, on another text).")
     if (acc := get("07_sft", "acc_think_pct")) is not None and get("07_sft", "acc_direct_pct") is not None:
-        said.append(f"After SFT the model answers {acc:.0f} % of the held-out problems when it thinks first and {get('07_sft', 'acc_direct_pct'):.0f} % when it does not.")
+        gap = [get("07_sft", f"think_minus_direct_pct{e}") for e in ("", "_lo", "_hi")]
+        said.append(f"After SFT the model answers {acc:.0f} % of {figure(get('07_sft', 'eval_problems'))} problems it was not trained on when it thinks first and {get('07_sft', 'acc_direct_pct'):.0f} % when it does not"
+                    + (f", a difference of {gap[0]:.0f} points (95 % interval {gap[1]:.0f} to {gap[2]:.0f})." if None not in gap else "."))
     if (s := get("14_eagle_speedup", "speedup")) is not None and (a := get("14_eagle_speedup", "acceptance_length")) is not None:
         ci = [get("14_eagle_speedup", f"speedup_{e}") for e in ("lo", "hi")]
         said.append(f"The trained draft makes greedy decoding {s:.2f} times as fast" + (f" (95 % interval {ci[0]:.2f} to {ci[1]:.2f})" if None not in ci else "") + f", at {a:.2f} tokens a verification step; the paper's average is 1.85 at 3.39, on a model of 32B parameters.")

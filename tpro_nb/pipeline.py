@@ -340,7 +340,7 @@ def publish(root: Path, profile: str, say=print) -> Path:
         if not f.is_file() or f.suffix not in PUBLISHED | {".html"}: continue
         if size > LIMIT_KB and f.suffix != ".html": say(f"left out, {size:.0f} KB: {f.relative_to(src)}"); continue
         to = dst/f.relative_to(src); to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(f, to); kb += size
+        to.write_bytes(f.read_bytes().replace(f"{root}/".encode(), b"")); kb += size      # no machine's paths in what is committed
     say(f"published {kb/1024:.1f} MB to {dst.relative_to(root)}")
     return dst
 
