@@ -1,6 +1,8 @@
 "The funnel's steps, each on planted cases."
-import json, subprocess, sys
+import http.server, json, os, signal, subprocess, sys, threading, time
 from collections import Counter
+from pathlib import Path
+import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from tpro_nb import data, tmath
@@ -28,7 +30,7 @@ def test_exact_and_near_duplicates():
 
 def test_near_dedup_never_drops_a_checkable_problem():
     ps = [r for r in rows(30) if r["answer"]]
-    assert data.near_dedup(ps) == ps
+    assert data.near_dedup(ps) == (ps, {})
 
 def test_planted_duplicates():
     docs = [d for _, d, _ in data.stdlib_docs()]
@@ -85,6 +87,214 @@ def test_diverse_sampling_covers_more_tags():
     tags = lambda rs: len({t for r in rs for t in r["tags"]})
     few = data.diverse_sample(pool, 20)
     assert len(few) == 20 and tags(few) > tags(pool[:20])
+
+@pytest.fixture
+def server():
+    "A chat and embeddings endpoint whose mood is `server.mood(n, body)` → (status, headers, text, seconds to wait)."
+    class H(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with s.lock: s.asked.append(body); n = len(s.asked)
+            status, head, text, wait = s.mood(n, body)
+            time.sleep(wait)
+            try:
+                self.send_response(status)
+                for k, v in head.items(): self.send_header(k, v)
+                self.end_headers(); self.wfile.write(text.encode())
+            except OSError: pass
+        def log_message(self, *a): pass
+    s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), H)
+    s.lock, s.asked, s.name = threading.Lock(), [], f"http://127.0.0.1:{s.server_port}/v1 toy"
+    threading.Thread(target=s.serve_forever, daemon=True).start()
+    yield s
+    s.shutdown(); s.server_close()
+
+def chat(content): return json.dumps(dict(choices=[dict(message=dict(content=content))]))
+TAGS = chat('<think>хм</think> Вот: {"tags": ["Definition", "rare word"], "domain": "Writing", "tier": "Student"}')
+FAST = dict(per_s=1000, timeout_s=.3, wait_s=.02)
+
+def test_endpoint_is_late_busy_drunk_and_then_well(server, tmp_path):
+    moods = [(200, {}, TAGS, .6), (429, {"Retry-After": "0.05"}, "", 0), (200, {}, "<html>", 0), (200, {}, chat("не знаю"), 0), (200, {}, TAGS, 0)]
+    server.mood = lambda n, body: moods[n - 1]
+    assert data.endpoint_tagger(server.name, data.Kept(tmp_path/"k.jsonl"), workers=1, **FAST)(["Что значит слово «дом»?"]) == [dict(tags=["Definition", "rare word"], domain="Writing", tier="Student")]
+    assert len(server.asked) == 5
+    assert data.endpoint_tagger(server.name, data.Kept(tmp_path/"k.jsonl"), workers=1, **FAST)(["Что значит слово «дом»?"])[0]["tier"] == "Student" and len(server.asked) == 5
+
+def test_rows_without_a_usable_answer_go_to_the_side_file_and_nothing_is_lost(server, tmp_path):
+    server.mood = lambda n, body: (200, {}, chat("чепуха") if "определению" in body["messages"][0]["content"] or "Что значит" in body["messages"][0]["content"] else TAGS, 0)
+    some = data.wiktionary_rows(ENTRIES)[:8]
+    fn = data.Funnel(some).step("tags", lambda x: data.tag_rows(x, data.endpoint_tagger(server.name, data.Kept(tmp_path/"k.jsonl"), retries=1, **FAST)))
+    assert len(fn.rows) + len(fn.rejected) == 8 and fn.rejected and fn.rows
+    assert all("nonsense" in b["reason"] and b["row"] in some for b in fn.rejected)
+    assert all(r["tags"] == ["Definition", "rare word"] and r["domain"] == "Writing" for r in fn.rows)
+
+def test_a_dead_endpoint_stops_the_run_and_keeps_what_was_answered(server, tmp_path):
+    server.mood = lambda n, body: (200, {}, TAGS, 0) if n <= 5 else (503, {}, "", 0)
+    tag = lambda: data.endpoint_tagger(server.name, data.Kept(tmp_path/"k.jsonl"), workers=1, retries=0, **FAST)([f"Вопрос {i}" for i in range(60)])
+    with pytest.raises(UserError, match="twenty questions"): tag()
+    assert len(data.Kept(tmp_path/"k.jsonl").got) == 5
+    server.mood = lambda n, body: (200, {}, TAGS, 0)
+    before = len(server.asked)
+    assert len(tag()) == 60 and len(server.asked) - before == 55
+    with pytest.raises(UserError, match="no endpoint"): data.Endpoint("localhost:30000", data.Kept(tmp_path/"k.jsonl"))
+    server.mood = lambda n, body: (401, {}, "", 0)
+    with pytest.raises(UserError, match="OPENAI_API_KEY"): data.endpoint_tagger(server.name, data.Kept(tmp_path/"j.jsonl"), **FAST)(["а"])
+
+def test_the_rate_limit_holds_for_all_workers_together(server, tmp_path):
+    server.mood = lambda n, body: (200, {}, TAGS, 0)
+    start = time.monotonic()
+    data.endpoint_tagger(server.name, data.Kept(tmp_path/"k.jsonl"), per_s=20, workers=8)([str(i) for i in range(10)])
+    assert time.monotonic() - start >= .45
+
+def test_endpoint_embedder_gives_unit_vectors(server, tmp_path):
+    server.mood = lambda n, body: (200, {}, json.dumps(dict(data=[dict(embedding=[3.0, 4.0*len(body["input"])])])), 0)
+    v = data.embedder(server.name, data.Kept(tmp_path/"k.jsonl"), **FAST)(["а", "бб"])
+    assert v.shape == (2, 2) and np.allclose(v[0], [.6, .8], atol=1e-3)
+
+def test_torn_lines_of_a_cache_are_dropped_and_asked_again(tmp_path):
+    path, asked = tmp_path/"k.jsonl", []
+    def make(xs): asked.append(xs); return [x + "!" for x in xs]
+    want = data.Kept(path).each("w", ["а", "б", "в"], make, block=2)
+    path.write_bytes(path.read_bytes()[:-4] + b"")
+    assert data.Kept(path).each("w", ["а", "б", "в"], make, block=2) == want == ["а!", "б!", "в!"] and asked[-1] == ["в"]
+    assert data.Kept(path).each("other", ["а"], make) == ["а!"] and len(asked) == 4
+    failed = data.Kept(path).each("w", ["г"], lambda xs: [data.Unanswered("nobody")])
+    assert isinstance(failed[0], data.Unanswered) and "г" not in str(data.Kept(path).got)
+
+def unit(*v): return np.array(v, float)/np.linalg.norm(np.array(v, float), axis=1)[:, None]
+
+def test_semdedup_rule_keeps_the_row_farthest_from_the_centre():
+    v = unit([1, 0, 0], [1, .05, 0], [1, .5, .5], [0, 0, 1])
+    drop = data.sem_dedup(v, .95)
+    centre = v.mean(0); near = max((0, 1), key=lambda i: v[i] @ centre)
+    assert set(drop) == {near} and drop[near][0] == 1 - near and drop[near][1] == pytest.approx(float(v[0] @ v[1]))
+    assert data.sem_dedup(v, .9999) == {}
+
+def test_semantic_step_counts_what_it_looked_at_and_passes_the_rest():
+    some = data.wiktionary_rows(ENTRIES); n = len(some)
+    same = lambda texts: unit(*[[1, .001*i] for i in range(len(texts))])
+    kept, seen = data.semantic_dedup(some, same, .95, limit=5)
+    assert len(kept) == n - 4 and len(seen) == 5
+    assert data.semantic_dedup(rows(6)[-5:], same) == (rows(6)[-5:], {})        # problems are not looked at
+
+def test_tags_come_from_user_turns_only():
+    r = dict(data.wiktionary_rows(ENTRIES)[0], messages=[dict(role="user", content="Что значит слово «дом»?"), dict(role="assistant", content="«Кошка»"), dict(role="user", content="Подбери синоним к слову «пёс».")])
+    (out,), seen, bad = data.tag_rows([r], data.rule_tags)
+    assert {"task:define", "task:synonym", "about:дом", "about:пёс"} <= set(out["tags"]) and "about:кошка" not in out["tags"] and not bad
+
+def test_tag_normalisation_steps():
+    r = data.wiktionary_rows(ENTRIES)[0]
+    tags = [["Physics!", "law"]]*3 + [["physics", "law"]]*40 + [["once", "optics"]] + [["optics"]]*2
+    near = lambda names: unit(*[[1, 0] if n in ("law", "optics") else [0, 1] for n in names])
+    out, book = data.normalise_tags([dict(r, tags=t, id=str(i)) for i, t in enumerate(tags)], min_count=2, embed=near)
+    assert book == dict(raw=5, frequent=4, plain=3, semantic=2, associated=1) and {t for x in out for t in x["tags"]} == {"law"}
+
+def test_complexity_first_sampling_sweeps():
+    r = data.wiktionary_rows(ENTRIES)[0]
+    pool = [dict(r, id=i, tags=t) for i, t in [("a", ["x", "y", "z"]), ("b", ["x", "y"]), ("c", ["w"]), ("d", ["z"]), ("e", [])]]
+    assert [x["id"] for x in data.diverse_sample(pool, 4)] == ["a", "c", "b", "d"]      # two sweeps; a row without tags never brings one
+
+def test_reward_filter_works_within_each_source():
+    pool = [dict(r, id=f"{s}{i}", source=s) for s in "аб" for i, r in enumerate((data.wiktionary_rows(ENTRIES)*2)[:20])]
+    kept, seen = data.reward_bottom(pool, lambda pairs: [float(i % 20 + 100*(i >= 20)) for i in range(len(pairs))])
+    assert {r["id"] for r in pool} - {r["id"] for r in kept} == {"а0", "а1", "б0", "б1"} and seen["б0"] == "reward 100.00"
+
+def test_targets_and_zpd():
+    assert data.choose_target(["Ответ: 4", "Ответ: 5", "так. Ответ: 5"], [3, 1, 2], "5") == 2 and data.choose_target(["Ответ: 4"], [3], "5") is None
+    assert data.choose_target(["dddd", "ccc", "bb", "a"], [4, 3, 2, 1]) == 2
+    ps = [r for r in rows(4) if r["answer"] and r["mode"] == "think"][:3]
+    teach = lambda prompts: [[f"Ответ: {p['answer']}", "Ответ: 99"] for p in ps]
+    study = lambda prompts: [["не знаю"]*2, data.Unanswered("HTTP 500"), ["да"]*2]
+    score = lambda pairs: [dict([("не знаю", 1.0), ("да", 2.0)]).get(a, 2.0) for _, a in pairs]
+    out, seen, bad = data.zpd_select(ps, teach, study, score)
+    assert len(out) == len(bad) == 1 and out[0]["came_from"] == ps[0]["id"] != out[0]["id"] and out[0]["changed_by"] == ["ZPD target"]
+    assert "nothing to learn" in seen[ps[2]["id"]] and "HTTP 500" in bad[0]["reason"] and tmath.grade(data.pair_of(out[0])[1], ps[0]["answer"]) == "correct"
+
+def test_whole_funnel_with_toy_models_and_one_rows_way():
+    some = [r for r in rows(30) + data.english_rows(data.stdlib_docs()[:30])]
+    models = dict(embed=lambda texts: unit(*np.random.default_rng(0).normal(size=(len(texts), 16))), ifd=lambda pairs: [.5 if i % 4 == 0 else .9 for i in range(len(pairs))], score=lambda pairs: [float(len(a) % 7) for _, a in pairs],
+                  teach=lambda prompts: [["а", "бб", "Ответ: 1", "Ответ: 2", "Ответ: 3"] for _ in prompts], study=lambda prompts: [["в"] for _ in prompts])
+    fn, leaks = data.curate(some, data.Guard([]), licences=["CC BY-SA 4.0", "PSF-2.0", "Apache-2.0"], jaccard=.7, diverse_share=.9, english_pct=50, models=models, ifd_rows=12, zpd=dict(gap_low=0, gap_high=10))
+    assert [b["step"] for b in fn.book] == ["raw", "licence", "coarse", "exact", "near", "semantic", "decontaminate", "tags", "tidy_tags", "diversity", "balance", "reward_bottom_10", "ifd", "language", "best_of", "zpd"]
+    assert not any(b["note"].startswith("skipped") for b in fn.book) and all(a["rows_out"] == b["rows_in"] for a, b in zip(fn.book, fn.book[1:]))
+    for r in some:
+        w = fn.way(r["id"])
+        assert w[-1]["verdict"] == "dropped" or fn.renamed.get(r["id"], r["id"]) in {x["id"] for x in fn.rows}, w
+    assert any(x["step"] == "ifd" and x["verdict"] == "dropped" and x["saw"] == "IFD 0.50" for r in some for x in fn.way(r["id"]))
+
+def test_ifd_and_reward_of_a_real_model_are_kept(tmp_path):
+    from tpro_nb.core import toy
+    k = data.Kept(tmp_path/"k.jsonl"); pairs = [("Что значит слово «дом»?", "Жилище."), ("2 + 2?", "4, потому что так."), ("а", "б")]
+    got = data.ifd_values(str(toy("06_midtraining/model")), pairs, k)
+    assert all(.3 < v < 3 for v in got) and len(k.got) == 3
+    assert data.ifd_values(str(toy("06_midtraining/model")), pairs[::-1], data.Kept(tmp_path/"k.jsonl")) == got[::-1]
+    s = data.scorer(str(toy("08_reward_model/model")), k)(pairs)
+    assert len(s) == 3 and len(set(s)) > 1
+    r = data.wiktionary_rows(ENTRIES)[:4]
+    kept, seen = data.ifd_filter(r, lambda p: [.69, .7, 1.0, 1.01][:len(p)])
+    assert sorted(seen.values()) == ["IFD 0.69", "IFD 0.70", "IFD 1.00", "IFD 1.01"] and len(kept) == 2
+
+def test_mixed_encodings_and_broken_lines_of_a_raw_file(tmp_path):
+    good = dict(messages=[dict(role="user", content="Привет"), dict(role="assistant", content="Здравствуйте!")], subset="general")
+    line = json.dumps(good, ensure_ascii=False).encode()
+    (tmp_path/"raw.jsonl").write_bytes(line + b"\n" + json.dumps(good, ensure_ascii=False).encode("cp1251") + b"\n{\n" + json.dumps(dict(messages=[dict(role="user", content="\ud800"), dict(role="assistant", content="а")])).encode() + b"\n" + line)
+    ok, bad = data.foreign_rows(data.load_rows(str(tmp_path/"raw.jsonl")), "raw", "MIT")
+    assert len(ok) == 2 and [b["reason"].split(" (")[0] for b in bad] == ["not UTF-8", "not json", "broken encoding"] and json.dumps(bad)
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
+def test_t_wix_from_jsonl_parquet_and_a_hub_folder(kind, tmp_path):
+    import pyarrow as pa, pyarrow.parquet as pq
+    turns = [dict(role="user", content="Сколько будет 2 + 2?"), dict(role="assistant", content="<think>\n2 + 2 = 4\n</think>\n\n4")]
+    raw = [dict(messages=turns, subset="reasoning"), dict(messages=[turns[0], dict(role="assistant", content="4")], subset="general")]
+    path = tmp_path/dict(jsonl="t.jsonl", parquet="t.parquet", hub="T-Wix/data/train-00000-of-00001.parquet")[kind]; path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "jsonl": path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in raw), encoding="utf-8")
+    else: pq.write_table(pa.Table.from_pylist(raw), path)
+    ok, bad = data.foreign_rows(data.load_rows(str(tmp_path/"T-Wix" if kind == "hub" else path)), "t-tech/T-Wix", "ODC-By")
+    assert not bad and [r["mode"] for r in ok] == ["think", "direct"] and ok[0]["messages"] == turns
+
+def test_one_node_and_datatrove_keep_the_same_rows(tmp_path):
+    pytest.importorskip("datatrove")
+    import random
+    from tpro_nb.core import read_jsonl, write_jsonl
+    docs = data.english_rows(data.stdlib_docs())[:400]; rng = random.Random(0); words = sorted({w for r in docs for w in data.text_of(r).split()})
+    again = [data.row(r["messages"][0]["content"], data.disturb(r["messages"][1]["content"], rng, words, .05), source="s", licence="MIT", family="pydoc", domain="Math", lang="en") for r in docs[::4]]
+    pool = docs + again + rows(10); rng.shuffle(pool)
+    write_jsonl(tmp_path/"rows.jsonl", pool)
+    out = data.cluster_dedup(str(tmp_path/"rows.jsonl"), str(tmp_path/"out.jsonl"), str(tmp_path/"work"), tasks=3, workers=2)
+    here, _ = data.near_dedup(pool)
+    assert 30 < len(pool) - len(here) and [r["id"] for r in read_jsonl(out)] == [r["id"] for r in here]
+
+KILLED = """
+import sys, time
+from tpro_nb import data
+from tpro_nb.core import write_jsonl
+work, pause = sys.argv[1], float(sys.argv[2])
+rows = data.english_rows(data.stdlib_docs())[:120]
+def slow(make):
+    def f(items): time.sleep(pause); return make(items)
+    return f
+k = data.Kept(work + "/k.jsonl"); i = data.Kept(work + "/i.jsonl")
+vec = lambda texts: [[float(sum(map(ord, t)) % 97), float(len(t) % 13), 1.0] for t in texts]
+import numpy as np
+def embed(texts): v = np.array(k.each("e", texts, slow(vec), block=8)); return v/np.linalg.norm(v, axis=1, keepdims=True)
+models = dict(embed=embed, ifd=lambda pairs: i.each("i", [list(p) for p in pairs], slow(lambda b: [.6 + len(a) % 50/100 for _, a in b]), block=8))
+fn, _ = data.curate(rows, data.Guard([]), licences=["PSF-2.0"], jaccard=.7, diverse_share=.9, english_pct=100, models=models, semantic_cosine=.9999)
+write_jsonl(work + "/out.jsonl", fn.rows); write_jsonl(work + "/book.jsonl", fn.book)
+"""
+
+def test_a_killed_curation_goes_on_and_gives_the_same_bytes(tmp_path):
+    def start(name, pause): (tmp_path/name).mkdir(exist_ok=True); return subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path/name), str(pause)])
+    assert start("whole", 0).wait() == 0
+    p = start("killed", .3)
+    for _ in range(400):
+        if (tmp_path/"killed"/"k.jsonl").exists() and (tmp_path/"killed"/"k.jsonl").stat().st_size: break
+        time.sleep(.05)
+    p.send_signal(signal.SIGKILL); assert p.wait() == -signal.SIGKILL
+    kept = len((tmp_path/"killed"/"k.jsonl").read_bytes().splitlines())
+    assert 0 < kept < 120 and not (tmp_path/"killed"/"out.jsonl").exists()
+    assert start("killed", 0).wait() == 0
+    for f in ("out.jsonl", "book.jsonl"): assert (tmp_path/"whole"/f).read_bytes() == (tmp_path/"killed"/f).read_bytes()
+    assert len(data.Kept(tmp_path/"killed"/"k.jsonl").got) == len(data.Kept(tmp_path/"whole"/"k.jsonl").got)
 
 STAGE = """
 import json, sys

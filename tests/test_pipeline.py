@@ -151,3 +151,27 @@ def test_stamp_holds_the_code_a_stage_started_with(chain):
     assert by["01_make"].why == "its code changed" and by["02_double"].why == "upstream changed: 01_make"
     edit("01_make", "", "")
     assert set(states(chain).values()) == {"current"} and json.loads((chain/"outputs/toy/02_double/y.json").read_text()) == [1, 1, 1]
+
+def test_a_file_for_accelerate_is_no_stage(chain):
+    (chain/"params/toy/accelerate.yaml").write_text("mixed_precision: bf16\n")
+    assert list(P.load_params(chain, "toy")) == list(CHAIN)
+    (chain/"params/toy/04_none.yaml").write_text("run_dir: outputs/toy\n")
+    with pytest.raises(UserError, match="no stage 04_none"): P.load_params(chain, "toy")
+
+def test_a_closed_pipe_ends_quietly(chain):
+    read, write = os.pipe(); os.close(read)                  # what `| head -1` does, at once
+    p = subprocess.run([sys.executable, "-c", "from tpro_nb.pipeline import main; main(['status', 'toy'])"], cwd=chain, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert p.returncode == 141 and p.stderr == ""
+
+def test_serve_and_playground_get_their_own_arguments(monkeypatch, capsys):
+    import types
+    seen = []
+    for command, module in (("serve", "server"), ("playground", "playground")):
+        monkeypatch.setitem(sys.modules, f"tpro_nb.{module}", types.SimpleNamespace(main=lambda argv: seen.append(argv) or 3))
+        with pytest.raises(SystemExit) as e: P.main([command, "--port", "8000", "model"])
+        assert e.value.code == 3
+        monkeypatch.setitem(sys.modules, f"tpro_nb.{module}", None)                 # as where the extra is not installed
+        with pytest.raises(SystemExit) as e: P.main([command])
+        assert e.value.code == 2 and "demo extra" in (err := capsys.readouterr().err) and "Traceback" not in err
+    assert seen == [["--port", "8000", "model"]]*2

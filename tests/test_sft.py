@@ -89,3 +89,29 @@ def test_sft_recipe_is_table_14():
     p = yaml.safe_load((ROOT/"params"/"h100x32"/"07_sft.yaml").read_text())
     assert (p["epochs"], p["steps"], p["lr"], p["warmup"], p["beta1"], p["beta2"], p["eps"], p["clip"]) == (2.0, 0, 1e-6, .1, .9, .95, 1e-12, 2.0)
     assert p["context"] == 32768 and p["packing"] and p["batch"]*p["accumulate"]*32 == 32 and p["rank"] == 0
+
+def packed_trainer(tmp_path, rows, steps=2, **kw):
+    from trl import SFTConfig
+    from tpro_nb.base_model import sft_trainer, trainable, trainer_args
+    model, tok = load_model(toy("06_midtraining/model"), torch.float32)
+    args = trainer_args(SFTConfig, tmp_path/"w", steps=steps, batch=1, lr=1e-3, packing=True, packing_strategy="bfd", max_length=300, **kw)
+    torch.manual_seed(0)
+    return sft_trainer()(model=trainable(model, (), 4), args=args, train_dataset=dataset(tok, rows, 300)[0], processing_class=tok)
+
+def test_labelled_head_gives_trls_own_loss_and_packed_rows_do_not_see_each_other(tmp_path):
+    from trl import SFTTrainer
+    trainer = packed_trainer(tmp_path, toy_rows(8))
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert len(batch["input_ids"]) == 1 and (batch["position_ids"] == 0).sum() > 1
+    model = trainer.model.eval()
+    ours = trainer.compute_loss(model, dict(batch)).item()
+    theirs = SFTTrainer.compute_loss(trainer, model, dict(batch)).item()
+    assert ours == pytest.approx(theirs, rel=2e-3) and trainer.compute_loss(model, dict(batch), num_items_in_batch=7).item() != pytest.approx(ours)
+    starts = [*(batch["position_ids"][0] == 0).nonzero()[:, 0].tolist(), batch["input_ids"].shape[1]]
+    total = count = 0
+    with torch.no_grad():
+        for a, b in zip(starts, starts[1:]):
+            y = batch["labels"][0, a + 1:b]; keep = y != -100
+            logits = model(input_ids=batch["input_ids"][:, a:b]).logits[0, :-1][keep]
+            total += torch.nn.functional.cross_entropy(logits, y[keep], reduction="sum").item(); count += int(keep.sum())
+    assert ours == pytest.approx(total/count, rel=2e-3)

@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'INITS', 'check_sizes', 'device', 'load_model', 'smollm2', 'text_bits', 'bits_per_byte', 'row_plan',
            'init_random', 'init_global', 'init_mean', 'init_wmean', 'spelt', 'init_ridge', 'vocab_matrices',
-           'transplant', 'set_specials', 'lora', 'trainable', 'new_rows', 'merge_and_save', 'save_folder',
-           'stored_rows', 'trainer_args', 'Watch', 'last_checkpoint', 'work_key', 'fit', 'windows', 'run_steps',
-           'make_nano', 'get_base', 'heldout_and_train', 'race', 'winner', 'gain']
+           'transplant', 'set_specials', 'lora', 'trainable', 'on_cpu', 'new_rows', 'merge_and_save', 'save_folder',
+           'stored_rows', 'trainer_args', 'Watch', 'sft_trainer', 'last_checkpoint', 'work_key', 'fit', 'windows',
+           'run_steps', 'make_nano', 'get_base', 'heldout_and_train', 'race', 'winner', 'gain']
 
 # %% ../nbs/03_base_model.ipynb #7aba14db
 import json, math, shutil, time
@@ -189,6 +189,13 @@ def trainable(model, new_rows=(), rank: int = 16, **kw):
     model = get_peft_model(model, lora(model, new_rows, rank, **kw))
     head = model.get_base_model().get_output_embeddings()
     if head is not None and not hasattr(head, "bias"): head.bias = None   # TRL's fused head reads it; PEFT's wrapper of a tied head lacks it
+    for m in model.modules():
+        if hasattr(m, "cast_input_dtype_enabled"): m.cast_input_dtype_enabled = False   # autocast does it: PEFT's own copies to fp32 and back cost a tenth of a step
+    return on_cpu(model)
+
+def on_cpu(model):
+    "Plain attention for training on a CPU: torch's fused backward takes 8 ms a layer there at any length."
+    if not torch.cuda.is_available(): model.set_attn_implementation("eager")
     return model
 
 def new_rows(folder) -> list[int]:
@@ -245,6 +252,22 @@ class Watch(TrainerCallback):
         if logs and "loss" in logs and not math.isfinite(logs["loss"]):
             raise UserError(f"the loss is {logs['loss']} at step {state.global_step}: lower lr, then run again")
         write_jsonl(self.path, state.log_history)
+
+# %% ../nbs/03_base_model.ipynb #c8fad65d
+def sft_trainer():
+    "TRL's SFTTrainer; on a CPU, and for packed batches (one row), the head runs on labelled positions only."
+    from trl import SFTTrainer
+    class LabelledSFTTrainer(SFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if torch.cuda.is_available() or len(inputs["input_ids"]) > 1: return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            labels = torch.nn.functional.pad(inputs["labels"][0, 1:], (0, 1), value=-100)     # of each position's next token
+            live = (labels != -100).nonzero()[:, 0]
+            keep = torch.cat([live, live.new_full((-len(live) % 64,), len(labels) - 1)])      # few different sizes: oneDNN builds a kernel for each new one
+            logits = model(**{k: v for k, v in inputs.items() if k != "labels"}, logits_to_keep=keep, use_cache=False).logits[0]
+            total = torch.nn.functional.cross_entropy(logits.float(), labels[keep], reduction="sum")
+            loss = total/max(1, len(live)) if num_items_in_batch is None else total*self.accelerator.num_processes/num_items_in_batch
+            return (loss, None) if return_outputs else loss
+    return LabelledSFTTrainer
 
 # %% ../nbs/03_base_model.ipynb #f34035da
 def last_checkpoint(work) -> str | None:

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['CHILD_ENV', 'PACKAGES', 'CHAT_TEMPLATE', 'SPECIALS', 'THINK', 'TOY_TEXT', 'TOYS', 'UserError', 'project_root',
            'outputs_dir', 'cache_dir', 'atomic_write', 'write_json', 'write_jsonl', 'read_json', 'read_jsonl', 'sha256',
-           'Run', 'peak_mb', 'seed_everything', 'metric_table', 'check_metrics', 'ratio_ci', 'launch', 'environment',
-           'toy_tokenizer', 'toy_model', 'toy_problems', 'toy_rows', 'toy']
+           'Run', 'peak_mb', 'seed_everything', 'metric_table', 'check_metrics', 'ratio_ci', 'launch', 'launch_each',
+           'environment', 'toy_tokenizer', 'toy_model', 'toy_problems', 'toy_rows', 'toy']
 
 # %% ../nbs/00_core.ipynb #2445e493
 import csv, ctypes, hashlib, importlib, json, os, platform, random, resource, signal, subprocess, sys, time
@@ -190,30 +190,43 @@ def launch(target: str,            # "tpro_nb.sft:train"
            threads: int = 0,       # threads a process; 0: cores / nproc
           ) -> dict:               # what the function returned (json)
     "Run `target(**config)` in a child process (or `nproc` under torchrun), its output live; return its result."
+    return _spawn([(target, config)], work, nproc, threads)[0]
+
+def launch_each(jobs: list[tuple[str, dict]],   # (target, config), run one after another
+                work: Path | str, nproc: int = 1, threads: int = 0) -> list[dict]:
+    "`launch` for several targets in one child, which imports torch once; under torchrun each has its own."
+    if nproc == 1: return _spawn(jobs, work, 1, threads)
+    return [launch(t, c, Path(work)/str(i), nproc, threads) for i, (t, c) in enumerate(jobs)]
+
+def _spawn(jobs, work, nproc, threads) -> list[dict]:
     work = Path(work); work.mkdir(parents=True, exist_ok=True)
     result = work/"result.json"; result.unlink(missing_ok=True)
-    write_json(work/"config.json", config)
+    write_json(work/"config.json", jobs)
     starter = ["-m", "tpro_nb.core"] if nproc == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", "tpro_nb.core"]
     env = {**CHILD_ENV, **os.environ, "OMP_NUM_THREADS": str(threads or max(1, (os.cpu_count() or 1)//nproc))}
-    p = subprocess.run([sys.executable, *starter, target, str(work/"config.json"), str(result)], env=env, preexec_fn=_die_with_parent)
+    p = subprocess.run([sys.executable, *starter, str(work/"config.json"), str(result)], env=env, preexec_fn=_die_with_parent)
     if p.returncode or not result.exists():
         err = work/"error.txt"
         if p.returncode == 2 and err.exists(): raise UserError(err.read_text())
-        raise RuntimeError(f"{target} ended with status {p.returncode}; its output is above" + (", killed" if p.returncode < 0 else ""))
+        names = ", ".join(t for t, _ in jobs)
+        raise RuntimeError(f"{names} ended with status {p.returncode}; its output is above" + (", killed" if p.returncode < 0 else ""))
     return read_json(result)
 
 # %% ../nbs/00_core.ipynb #f547a6e8
-def _child(target: str, config: str, result: str):
+def _child(config: str, result: str):
     "The other end of `launch`."
-    module, _, name = target.partition(":")
-    err = Path(result).with_name("error.txt"); err.unlink(missing_ok=True)
-    try: out = getattr(importlib.import_module(module), name)(**read_json(config))
+    err, out = Path(result).with_name("error.txt"), []
+    err.unlink(missing_ok=True)
+    try:
+        for target, kw in read_json(config):
+            module, _, name = target.partition(":")
+            out.append(getattr(importlib.import_module(module), name)(**kw) or {})
     except UserError as e:
         atomic_write(err, str(e)); sys.exit(2)
-    if int(os.environ.get("RANK", 0)) == 0: write_json(result, out if out is not None else {})
+    if int(os.environ.get("RANK", 0)) == 0: write_json(result, out)
 
 if __name__ == "__main__" and "__file__" in globals():      # started as `python -m tpro_nb.core`; a notebook has no __file__
-    importlib.import_module("tpro_nb.core")._child(*sys.argv[1:4])   # the imported module, so that UserError is one class
+    importlib.import_module("tpro_nb.core")._child(*sys.argv[1:3])   # the imported module, so that UserError is one class
 
 # %% ../nbs/00_core.ipynb #df4cec66
 PACKAGES = "torch transformers tokenizers trl peft accelerate datasets numpy scipy nbdev papermill".split()

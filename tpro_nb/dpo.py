@@ -9,7 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 import numpy as np
 import torch
-from .base_model import fit, last_checkpoint, load_model, lora, new_rows, save_folder, set_specials, trainer_args, work_key
+from .base_model import fit, last_checkpoint, load_model, lora, new_rows, on_cpu, save_folder, set_specials, trainer_args, work_key
 from .core import UserError, ratio_ci, read_jsonl, seed_everything, write_jsonl
 from .midtraining import prompt_ids
 from .reward_model import check_pairs, load_reward_model, sample, score
@@ -97,7 +97,7 @@ def train(model_dir: str, pairs_path: str, out: str, work: str, epochs: float, b
     args = dpo_args(work, epochs=epochs, batch=batch, accumulate=accumulate, lr=lr, warmup=warmup, beta=beta, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay,
                     clip=clip, max_length=max_length, eval_every=eval_every, seed=seed, report_to=report_to, early=held > 0)
     reference = None if rank else load_model(model_dir, torch.float32)[0]     # the same arithmetic as the policy, so that the first loss is ln 2
-    trainer = dpo_trainer()(model=model, ref_model=reference, args=args, train_dataset=dataset(tok, pairs[held:], max_length), processing_class=tok,
+    trainer = dpo_trainer()(model=on_cpu(model), ref_model=reference, args=args, train_dataset=dataset(tok, pairs[held:], max_length), processing_class=tok,
                             eval_dataset=dataset(tok, pairs[:held], max_length) if held else None, peft_config=lora(model, (), rank) if rank else None,
                             callbacks=[EarlyStoppingCallback(patience)] if held and patience else None)
     resumed, begin = last_checkpoint(work), time.perf_counter()

@@ -53,7 +53,7 @@ def grow(root: int,      # token of the root
          first,          # log-probabilities of the root's children: (tokens [k], logp [k])
          step,           # (frontier: list of pool indices, pool) -> tokens [f, k], logp [f, k]; one draft pass
          depth: int, topk: int, nodes: int) -> Tree:
-    "EAGLE-2's dynamic tree (Li et al. 2024b, §4): expand by path confidence, rerank, keep the best `nodes`."
+    "EAGLE-2's dynamic tree (EAGLE-2, arXiv 2406.16858, §4): expand by path confidence, rerank, keep the best `nodes`."
     pool = [(-1, int(t), float(v), 1) for t, v in zip(*first)]           # parent in pool, token, log V, depth
     frontier = list(range(len(pool)))
     for d in range(2, depth + 1):
@@ -180,6 +180,7 @@ class TorchEngine:
         self.cos, self.sin = ((f(angle)*stack.scale).to(device) for f in (torch.cos, torch.sin))
     def prepare(self, w): return w.to(self.device, self.dtype)
     def mm(self, x, w): return F.linear(x.to(self.device, self.dtype), w).float()
+    def best(self, x, w): return self.mm(x, w).argmax(-1).tolist()
     def norm(self, x, w): return (x*torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.s.eps)*w.float())
     def rope(self, x, pos):                                        # [q, heads, hd], float32
         c, s = self.cos[pos][:, None], self.sin[pos][:, None]
@@ -272,22 +273,22 @@ static inline f16 madd(f16 acc, i16 w, const W *x){
   acc += (f16)(w << 16) * up(x[0]); return acc + (f16)(w & (int32_t)0xffff0000) * up(x[1]);
 #endif
 }
-#define TILE(B, Q) static void tile_##B##_##Q(const W *x, const W *w, float *y, int n, int k, int add){ \
+#define TILE(B, Q) static void tile_##B##_##Q(const W *x, const W *w, float *y, int n, int k, int add, int from, int to){ \
   f16 a[B][Q]; for(int b = 0; b < B; b++) for(int i = 0; i < Q; i++) a[b][i] = (f16){0}; \
   for(int j = 0; j < k; j += STEP){ i16 t[B]; for(int b = 0; b < B; b++) memcpy(&t[b], w + ((size_t)b*k + j)*16, 64); \
+    for(int b = from; b < to; b++) __builtin_prefetch(w + ((size_t)(B + b)*k + j)*16, 0, 2); \
     for(int i = 0; i < Q; i++) for(int b = 0; b < B; b++) a[b][i] = madd(a[b][i], t[b], x + (size_t)i*k + j); } \
   for(int i = 0; i < Q; i++) for(int b = 0; b < B; b++){ f16 *p = (f16*)(y + (size_t)i*n + b*16); *p = add ? *p + a[b][i] : a[b][i]; } }
-TILE(4,1) TILE(4,2) TILE(4,3) TILE(4,4) TILE(2,5) TILE(2,6) TILE(2,7) TILE(2,8)
-TILE(1,1) TILE(1,2) TILE(1,3) TILE(1,4) TILE(1,5) TILE(1,6) TILE(1,7) TILE(1,8)
-typedef void (*tile_fn)(const W*, const W*, float*, int, int, int);
-static const tile_fn wide[9] = {0, tile_4_1, tile_4_2, tile_4_3, tile_4_4, tile_2_5, tile_2_6, tile_2_7, tile_2_8},
-                     lone[9] = {0, tile_1_1, tile_1_2, tile_1_3, tile_1_4, tile_1_5, tile_1_6, tile_1_7, tile_1_8};
+#define TILES(B) TILE(B,1) TILE(B,2) TILE(B,3) TILE(B,4) TILE(B,5) TILE(B,6)
+#define NAMES(B) {0, tile_##B##_1, tile_##B##_2, tile_##B##_3, tile_##B##_4, tile_##B##_5, tile_##B##_6}
+TILES(4) TILES(2) TILES(1)
+typedef void (*tile_fn)(const W*, const W*, float*, int, int, int, int, int);
+static const tile_fn tile[5][7] = {{0}, NAMES(1), NAMES(2), {0}, NAMES(4)};
 static void product(const W *x, const W *w, float *y, int q, int n, int k, int add, int t, int T){   /* thread t of T: its share of the n outputs, in pairs of blocks */
-  int nb = n/16, half = (nb + 1)/2, lo = (long)half*t/T*2, hi = (long)half*(t + 1)/T*2; if(hi > nb) hi = nb;
-  for(int b = lo; b < hi; b += 4){ int e = b + 4 < hi ? b + 4 : hi;
-    for(int a = 0; a < q; a += 8){ int m = q - a < 8 ? q - a : 8, B = m <= 4 ? 4 : 2, c = b;
-      for(; c < e; ){ int one = c + B > e;
-        (one ? lone : wide)[m](x + (size_t)a*k, w + (size_t)c*k*16, y + (size_t)a*n + c*16, n, k, add); c += one ? 1 : B; } } } }
+  int nb = n/16, half = (nb + 1)/2, lo = (long)half*t/T*2, hi = (long)half*(t + 1)/T*2, P = (q + 5)/6; if(hi > nb) hi = nb;
+  for(int b = lo, B; b < hi; b += B){ B = hi - b >= 4 ? 4 : hi - b >= 2 ? 2 : 1;
+    for(int p = 0; p < P; p++){ int r = q*p/P, m = q*(p + 1)/P - r, ahead = q > 3;
+      tile[B][m](x + (size_t)r*k, w + (size_t)b*k*16, y + (size_t)r*n + b*16, n, k, add, ahead*(B*p + P - 1)/P, ahead*(B*(p + 1) + P - 1)/P); } } }
 """
 
 # %% ../nbs/12_eagle_decoding.ipynb #e58eec41
@@ -333,8 +334,9 @@ static inline __attribute__((always_inline)) void attend_g(const Model *m, const
       for(int h = 0; h < G; h++){ a[h] += k*q[h*hd + d]; b[h] += k2*q[h*hd + d]; } }
     for(int h = 0; h < G; h++){ float *r = raw + (size_t)h*cap + s; *(f16*)r = a[h]*scale; *(f16*)(r + 16) = b[h]*scale; } }
   for(int h = 0; h < G; h++){ float *p = sc + (size_t)h*cap, *r = raw + (size_t)h*cap, top = -1e30f; f16 sum = {0}; float z = 0;
-    for(int i = 0; i < n; i++){ p[i] = r[i < past ? i : vis[i - past]]; if(p[i] > top) top = p[i]; }
-    for(int i = 0; i < pad; i += 16){ f16 e = exp16(*(f16*)(p + i) - top); for(int j = 0; j < 16; j++) if(i + j >= n) e[j] = 0; *(f16*)(p + i) = e; sum += e; }
+    memcpy(p, r, past*4l); for(int i = 0; i < nv; i++) p[past + i] = r[vis[i]];
+    for(int i = 0; i < n; i++) top = p[i] > top ? p[i] : top;
+    for(int i = 0; i < pad; i += 16){ f16 e = exp16(*(f16*)(p + i) - top); if(i + 16 > n) for(int j = n - i; j < 16; j++) e[j] = 0; *(f16*)(p + i) = e; sum += e; }
     for(int j = 0; j < 16; j++) z += sum[j];
     for(int i = 0; i < pad; i += 16) *(f16*)(p + i) *= 1.f/z; }
   for(int d = 0; d < hd; d += 16*D){ f16 acc[G][D]; for(int h = 0; h < G; h++) for(int c = 0; c < D; c++) acc[h][c] = (f16){0};
@@ -387,6 +389,18 @@ void matmul(const W *x, const W *w, float *y, int q, int n, int k, int threads){
 #pragma omp parallel num_threads(threads)
   product(x, w, y, q, n, k, 0, omp_get_thread_num(), threads);
 }
+static int argmax(const float *y, int n){   /* the largest of sixteen lanes first, then the first place that holds it */
+  f16 a = (f16){0} - 1e38f; float top = -1e38f; int i = 0;
+  for(; i + 16 <= n; i += 16){ f16 v = *(f16*)(y + i); i16 up = v > a; a = (f16)(((i16)v & up) | ((i16)a & ~up)); }
+  for(; i < n; i++) if(y[i] > top) top = y[i];
+  for(int j = 0; j < 16; j++) if(a[j] > top) top = a[j];
+  for(i = 0; i < n && y[i] != top; i++); return i < n ? i : 0; }
+void best(const W *x, const W *w, float *y, int q, int n, int k, int real, int *out, int threads){   /* the first `real` outputs count, the rest is padding */
+#pragma omp parallel num_threads(threads)
+  { int t = omp_get_thread_num(); product(x, w, y, q, n, k, 0, t, threads);
+#pragma omp barrier
+    for(int i = t; i < q; i += threads) out[i] = argmax(y + (size_t)i*n, real); }
+}
 """
 C_SOURCE = C_TYPES + C_WEIGHT + C_MATMUL + C_SMALL + C_ATTENTION + C_FORWARD + C_ENTRY
 
@@ -435,6 +449,7 @@ def interleaved(l: dict) -> dict:
 @dataclass
 class Packed:
     w: torch.Tensor; n: int; k: int
+    y: torch.Tensor | None = None    # logits of the last greedy step; fresh memory each time would cost page faults
 
 def ptr(t): return None if t is None else t.data_ptr()
 
@@ -470,6 +485,14 @@ def _c_mm(self, x, p: Packed):
     self.lib.matmul(ctypes.c_void_p(ptr(x)), ctypes.c_void_p(ptr(p.w)), ctypes.c_void_p(ptr(y)), q, n, p.k, self.threads)
     return y[:, :p.n]
 
+def _c_best(self, x, p: Packed) -> list[int]:
+    "Argmax of every row's outputs; the logits stay inside."
+    x = x.to(self.dtype).contiguous(); q = len(x); n = (p.n + 15)//16*16
+    if p.y is None or p.y.numel() < q*n: p.y = torch.empty(max(q, 32)*n)
+    out, P = np.empty(q, np.int32), lambda t: ctypes.c_void_p(ptr(t))
+    self.lib.best(P(x), P(p.w), P(p.y), q, n, p.k, p.n, ctypes.c_void_p(out.ctypes.data), self.threads)
+    return out.tolist()
+
 def _c_move(self, src, dst):
     self.k[..., dst], self.v[:, :, dst] = self.k[..., src], self.v[:, :, src]
 
@@ -486,7 +509,7 @@ def _c_forward(self, x, pos, past, slot, seen):
         out.append(y)
     return out[0] if len(out) == 1 else torch.cat(out)
 
-CEngine.prepare, CEngine.mm, CEngine.move, CEngine.forward = _c_prepare, _c_mm, _c_move, _c_forward
+CEngine.prepare, CEngine.mm, CEngine.best, CEngine.move, CEngine.forward = _c_prepare, _c_mm, _c_best, _c_move, _c_forward
 
 # %% ../nbs/12_eagle_decoding.ipynb #f783de34
 def fits(stack: Stack, dtype) -> bool:
@@ -597,18 +620,25 @@ def _verify(self, tree: Tree, n: int, choose):
     q = len(tree)
     paths = [tree.path(i) for i in range(q)]
     f = self.target.forward(self.embed[tree.tokens].float(), [n + len(p) - 1 for p in paths], n, n, [[n + j for j in p] for p in paths])
-    accepted, bonus = choose(tree, self.target.mm(f, self.head))
+    accepted, bonus = choose(tree, self._scores(f, choose))
     moved = [(a, j) for j, a in enumerate(accepted, 1) if a != j]
     if moved: self.target.move([n + a for a, _ in moved], [n + j for _, j in moved])
     return accepted, bonus, f[[0] + accepted]
 
 def chooser(temperature: float, top_p: float, seed: int, verify=None):
-    "(tree, logits) -> (accepted, bonus): greedy at temperature 0, else sampling."
+    "(tree, scores) -> (accepted, bonus): greedy over each row's argmax at temperature 0, else sampling over logits."
     rng = np.random.default_rng(seed)
-    if temperature == 0: return lambda tree, logits: (verify or verify_greedy)(tree, logits.argmax(-1).tolist())
+    if temperature == 0:
+        greedy = lambda tree, best: (verify or verify_greedy)(tree, best)
+        greedy.best_only = True
+        return greedy
     return lambda tree, logits: (verify or verify_sampled)(tree, lambda i: distribution(logits[i].cpu(), temperature, top_p), rng)
 
-Decoder._verify = _verify
+def _scores(self, f, choose):
+    "What `choose` looks at: the argmax of every row where that is enough, else its logits."
+    return (self.target.best if getattr(choose, "best_only", False) else self.target.mm)(f, self.head)
+
+Decoder._verify, Decoder._scores = _verify, _scores
 
 # %% ../nbs/12_eagle_decoding.ipynb #7015c12b
 def _prefill(self, prompt, choose, drafting):
@@ -616,7 +646,7 @@ def _prefill(self, prompt, choose, drafting):
     start, P = time.perf_counter(), len(prompt)
     f = self.target.forward(self.embed[prompt].float(), list(range(P)), 0, 0, causal(P))
     if not torch.isfinite(f).all(): raise UserError("the target's features are not finite: the model's weights are damaged")
-    _, first = choose(Tree([-1], [prompt[-1]]), self.target.mm(f[-1:], self.head))
+    _, first = choose(Tree([-1], [prompt[-1]]), self._scores(f[-1:], choose))
     if drafting and P > 1: self._draft_rows(prompt[1:], f[:-1], list(range(P - 1)), 0, 0, causal(P - 1))
     self.stats = dict(prefill_ms=(time.perf_counter() - start)*1e3, decode_ms=0.0, steps=0)
     return first, f[-1:]

@@ -2,16 +2,17 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'FAMILIES', 'CHANCE', 'WORDINGS', 'TMATH_FIELDS', 'MARK', 'cups', 'chain', 'sums', 'split_of', 'problems',
-           'schema_error', 'load_rows', 'load_tmath', 'after_think', 'boxes', 'final_answer', 'clean', 'number',
-           'quantity', 'value', 'expression', 'parse', 'Worker', 'compare', 'grade', 'grade_many', 'grader_cases']
+           'Broken', 'read_lines', 'schema_error', 'load_rows', 'protected_texts', 'load_tmath', 'after_think', 'boxes',
+           'final_answer', 'clean', 'number', 'quantity', 'value', 'expression', 'parse', 'Worker', 'compare', 'grade',
+           'grade_many', 'grader_cases', 'unfit', 'once', 'pass_at', 'by_difficulty', 'write_review', 'read_review']
 
 # %% ../nbs/04_tmath.ipynb #78704d5f
-import csv, hashlib, json, os, random, re, select, subprocess, sys, threading
+import csv, hashlib, io, json, math, os, random, re, select, subprocess, sys, threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from .core import Run, UserError, read_jsonl, write_jsonl
+from .core import Run, UserError, atomic_write, write_jsonl
 
 # %% ../nbs/04_tmath.ipynb #192ce54c
 LETTERS = "abcdefghij"
@@ -96,8 +97,31 @@ def problems(family: str,            # a key of FAMILIES
     return rows
 
 # %% ../nbs/04_tmath.ipynb #fd25d1e2
+class Broken(str):
+    "A line that is no json row, with the reason; its text is the line's beginning."
+    def __new__(cls, text: str, reason: str):
+        self = super().__new__(cls, text); self.reason = reason
+        return self
+
+def read_lines(path: Path, limit: int = 0, longest: int = 64_000_000) -> list:
+    "Rows of a foreign jsonl; a line that cannot be read stands in its place as a `Broken`, so that nothing is lost and nothing stops."
+    rows = []
+    with open(path, "rb") as f:
+        while line := f.readline(longest + 1):
+            start = line[:300].decode("utf-8", "replace").strip()
+            if len(line) > longest:
+                while line and not line.endswith(b"\n"): line = f.readline(longest)
+                rows.append(Broken(start, f"a line over {longest//1_000_000} MB")); continue
+            if not line.strip(): continue
+            try: rows.append(json.loads(line.decode("utf-8-sig")))
+            except UnicodeDecodeError as e: rows.append(Broken(start, f"not UTF-8 (byte {e.start})"))
+            except (ValueError, RecursionError) as e: rows.append(Broken(start, f"not json ({type(e).__name__}: {e})"[:200]))
+            if limit and len(rows) >= limit: break
+    return rows
+
 def schema_error(row) -> str | None:
     "Why a row is not a T-Math row; None when it is one."
+    if isinstance(row, Broken): return row.reason
     if not isinstance(row, dict): return f"not an object but {type(row).__name__}"
     missing = [f for f in TMATH_FIELDS if row.get(f) is None]
     if missing: return f"missing {', '.join(missing)}"
@@ -106,21 +130,33 @@ def schema_error(row) -> str | None:
     if not row["question"].strip() or not row["verifiable_answer"].strip(): return "empty question or answer"
     if max(len(row[f]) for f in TMATH_FIELDS) > 200_000: return "a field longer than 200,000 characters"
 
-def load_rows(path: str,  # hub id, .parquet, .jsonl
-             ) -> list[dict]:
-    "Rows of a data set by file or hub id."
+def load_rows(path: str,       # hub id or a folder of the same layout, .parquet, .jsonl
+              limit: int = 0,  # rows; 0: all
+             ) -> list:        # dicts, and a `Broken` for each line that is none
+    "Rows of a data set by file, folder or hub id."
     p = Path(path)
-    if p.suffix == ".jsonl" and p.exists(): return read_jsonl(p)
+    if p.suffix == ".jsonl" and p.exists(): return read_lines(p, limit)
     if p.suffix == ".parquet" and p.exists():
-        import pyarrow.parquet as pq
-        return pq.read_table(p).to_pylist()
-    if p.suffix or p.exists(): raise UserError(f"{path}: no such .jsonl or .parquet file. Give a file, or a hub id such as t-tech/T-math")
+        import pyarrow as pa, pyarrow.parquet as pq
+        try: return [r for b in pq.ParquetFile(p).iter_batches(1000) for r in b.to_pylist()][:limit or None]
+        except (pa.ArrowException, OSError) as e: raise UserError(f"{path} is no parquet file that can be read ({e}). Fetch it again, or give a .jsonl") from e
+    if p.suffix in (".jsonl", ".parquet") or (p.exists() and not p.is_dir()): raise UserError(f"{path}: no such .jsonl or .parquet file. Give a file, or a hub id such as t-tech/T-math")
     try:
         from datasets import load_dataset
-        return load_dataset(path, split="train").to_list()
+        rows = load_dataset(path, split="train")
+        return (rows.select(range(min(limit, len(rows)))) if limit else rows).to_list()
     except Exception as e: raise UserError(f"cannot load {path} from the hub ({type(e).__name__}). Give a local .parquet or .jsonl copy instead") from e
 
 # %% ../nbs/04_tmath.ipynb #447ab963
+def protected_texts(path: str) -> list[dict]:
+    "Texts of an evaluation set that training may not contain. A row without one is an error: what is not known cannot be guarded."
+    out, name = [], Path(path).stem
+    for i, r in enumerate(load_rows(path)):
+        text = next((r[k] for k in ("text", "question", "prompt", "problem", "instruction") if isinstance(r.get(k), str) and r[k].strip()), None) if isinstance(r, dict) else None
+        if text is None: raise UserError(f"{path}, row {i}: {getattr(r, 'reason', 'no text, question, prompt, problem or instruction')}. Mend the file: a row that cannot be read cannot be protected.")
+        out.append(dict(id=f"{name}-{i}", text=text, set=name))
+    return out
+
 def load_tmath(path: str) -> tuple[list[dict], list[dict]]:
     "T-Math rows with problem_id, family and steps added, and the rejected rows with a reason."
     rows, bad, seen = [], [], set()
@@ -152,16 +188,25 @@ def boxes(text: str) -> list[tuple[int, str]] | None:
     return out
 
 MARK = re.compile(r"(?i)(?<![а-яёa-z])ответ(?:ом)?\**\s*[:—–]\**\s*([^\n]+)")
+_NOT_MINE = re.compile(r"(?i)(?:не|ошибочн|ложн)[а-яё]*\s+$")                # «неверный ответ: 5»
+_TAKEN_BACK = re.compile(r"(?:^|[.!?…\n]\s*)(?:Нет|Хотя|Стоп|Подожд\w*|Точнее|Вернее|Ой|Wait)\b|(?i:неверн\w+|неправильн\w+|ошиб(?:ся|лась|аюсь)|я ошиб\w+)")
+_BOX_BEFORE = re.compile(r"(?:[-−+*/^_\d]|\\cdot ?|\\times ?|\\[a-z]+\s*\{|[\^_}]\s*\{|−\s+)\$?$")       # the box is part of something larger
+_BOX_AFTER = re.compile(r"\$?[ ]*(?:[\^_!]|(?:[+*/]|\\cdot|\\times)\s*[\w\\]|\d)|[-−][\w\\(]")
 
 # %% ../nbs/04_tmath.ipynb #7ac2367d
 def final_answer(text: str) -> str | None:
     "The text of the final answer, or None where there is none or it is not clear which it is."
     found = boxes(text)
     if found is None: return None
-    marks = [(m.start(), m[1]) for m in MARK.finditer(text) if "\\boxed" not in m[1]]
+    marks = [(m.start(), m[1]) for m in MARK.finditer(text) if "\\boxed" not in m[1] and not _NOT_MINE.search(text[max(0, m.start() - 30):m.start()])]
+    if not found and marks and (MARK.search(marks[-1][1]) or _TAKEN_BACK.search(text[marks[-1][0] + 5:].lstrip(" :*—–"))): return None      # two in one line, or taken back
     marks = [(i, re.split(r"(?<=[^\s])\.(?:\s+(?=[А-ЯЁA-Z])|\s*$)", s)[0].strip(" *")) for i, s in marks]
     if not found: return marks[-1][1] if marks else None
-    last = found[-1][1]
+    last, rest = found[-1][1], text[found[-1][0]:]
+    rest = rest[len(re.match(r"\\boxed\s*\{", rest)[0]) + len(last) + 1:]
+    if len(inner := boxes(last) or []) > 1 or inner and "\\boxed" in clean(last): return None
+    if _BOX_BEFORE.search(text[:found[-1][0]]) or _BOX_AFTER.match(rest) or _TAKEN_BACK.search(rest.lstrip(" .$")): return None
+    if re.match(r"\$?\s*\\?%", rest): last += "%"
     line = text.rfind("\n", 0, found[-1][0])
     if any(number(x) is not None for x in re.split(r"[;,=$ ]+", (MARK.sub(r"\1", text[line + 1:]).split("\\boxed")[0])) if x) and MARK.search(text[line + 1:]): return None
     if len({clean(s) for i, s in found if i > line}) > 1: return None          # two boxes in one line: which?
@@ -169,14 +214,16 @@ def final_answer(text: str) -> str | None:
     return last
 
 # %% ../nbs/04_tmath.ipynb #11520222
-_DRESS = [(r"\\\\", " "), (r"\\(?:left|right|big|Big|displaystyle|limits)(?![a-zA-Z])", ""), (r"\\[dt]frac", r"\\frac"), (r"\{,\}", ","), (r"\\(?:text|mathrm|textbf|mathbf|operatorname)\s*\{([^{}]*)\}", r" \1 "),
-          (r"\\boxed\s*\{(.*)\}", r"\1"), (r"\\[,;:! ]|~|\\q?quad", " "), (r"\\infty|\\infin(?![a-z])|бесконечност[ьи]", "∞"), (r"\\cup", "∪"), (r"\\emptyset|\\varnothing", "∅"), (r"\\pm", "±"), (r"\\(?:leq?|leqslant)(?![a-z])", "≤"),
+_DRESS = [(r"\\\\", " "), (r"\\(?:operatorname|mathrm|text)\s*\{\s*(arcc?tg|arcsin|arccos|c?tg|lg|ln|sin|cos|log)\s*\}", r"\\\1 "), (r"\\(?:left|right|big|Big|displaystyle|limits)(?![a-zA-Z])", ""), (r"\\[dt]frac", r"\\frac"), (r"\{,\}", ","), (r"\\(?:text|mathrm|textbf|mathbf|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+          (r"\\[,;:! ]|~|\\q?quad", " "), (r"\\infty|\\infin(?![a-z])|бесконечност[ьи]", "∞"), (r"\\cup", "∪"), (r"\\emptyset|\\varnothing", "∅"), (r"\\pm", "±"), (r"\\(?:leq?|leqslant)(?![a-z])", "≤"),
           (r"\\(?:geq?|geqslant)(?![a-z])", "≥"), (r"\\%", "%"), (r"\\in(?![a-z])", "∈"), (r"\\mathbb\s*\{?Z\}?", "Z"), (r"ℤ", "Z"), (r"\\(?:cdot|times)(?![a-z])", "*"), (r"\\pi(?![a-z])", "π"), (r"\^\s*\{?\\circ\}?", "°"),
-          (r"[−–—‐‑]", "-"), (r"[\u00a0\u2009\u202f\u2007]", " "), (r"<=", "≤"), (r">=", "≥"), (r"[×·⋅]", "*"), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"), (r"½", " 1/2"), (r"²", "^2"), (r"³", "^3")]
+          (r"[−–—‐‑]", "-"), (r"[\u00a0\u2009\u202f\u2007]", " "), (r"<=", "≤"), (r">=", "≥"), (r"[×·⋅]", "*"), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"), (r"²", "^2"), (r"³", "^3"), (r"\\mathbb\s*\{?R\}?|ℝ", "R"),
+          *((c, f" {a}/{b}") for c, a, b in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888")), *((c, f"_{i}") for i, c in enumerate("₀₁₂₃₄₅₆₇₈₉"))]
 _LOOK = str.maketrans("АВЕКМНОРСТХавеорсухкпЗО", "ABEKMHOPCTXabeopcyxkn3O")
 
 def clean(s: str) -> str:
     "An answer without LaTeX's dressing, with one kind of minus, space and infinity."
+    while (found := boxes(s)) and len(found) == 1 and re.fullmatch(r"[\s$]*\\boxed\s*\{" + re.escape(found[0][1]) + r"\}[\s$]*", s): s = found[0][1]
     s = s.strip().strip("$").strip()
     s = re.sub(r"^\\[(\[]|\\[)\]]$|\$", "", s)
     s = re.sub(r"^~ ?(?=[\d-])", "≈", s)                  # about five is not five; elsewhere ~ is LaTeX's space
@@ -212,10 +259,12 @@ _UNITS = {u: (dim, Fraction(f)) for dim, us in dict(
     mass=[("г грамм грамма граммов", "1/1000"), ("кг", "1"), ("ц", "100"), ("т тонн тонна тонны", "1000")],
     time=[("с сек секунд секунды секунда", "1"), ("мин минут минуты минута", "60"), ("ч час часа часов", "3600")],
     money=[("коп копеек копейки", "1/100"), ("р руб рублей рубля рубль ₽", "1")], angle=[("°  градус градуса градусов", "1")],
-    area=[("см^2 кв.см", "1/10000"), ("м^2 кв.м", "1"), ("га", "10000")], volume=[("л литр литра литров", "1"), ("мл", "1/1000")],
+    area=[("мм^2 кв.мм", "1/1000000"), ("см^2 кв.см", "1/10000"), ("дм^2 кв.дм", "1/100"), ("м^2 кв.м", "1"), ("га", "10000"), ("км^2 кв.км", "1000000")],
+    volume=[("л литр литра литров дм^3", "1"), ("мл см^3", "1/1000"), ("мм^3", "1/1000000"), ("м^3", "1000")],
     speed=[("км/ч", "1000/3600"), ("м/с", "1")]).items() for names, f in us for u in names.split() if not (names == "мм м" and u == "м")}
 _SCALE = {"тыс": 10**3, "тысяч": 10**3, "тысячи": 10**3, "тысяча": 10**3, "млн": 10**6, "миллион": 10**6, "миллиона": 10**6, "миллионов": 10**6, "млрд": 10**9, "миллиардов": 10**9, "миллиарда": 10**9}
-_NOT_NOUN = re.compile(r"(?i)или|либо|нет|не|минус|плюс|десят\w*|сот\w*|дюжин\w*|пар\w*|корн\w*|степен\w*|половин\w*|процент\w*|трет\w*|четверт\w*|част\w*|раза?\b")
+_NOT_NOUN = re.compile(r"(?i)или|либо|нет|не|минус|плюс|десят\w*|сот\w*|дюжин\w*|пар\w*|корн\w*|степен\w*|половин\w*|процент\w*|трет\w*|четверт\w*|част\w*|раза?\b|больше|меньше|более|менее|почти|максимум|минимум|лишн\w*|подход\w*|получ\w*|будет|станет|верн\w*|равн\w*|тысяч\w*|миллион\w*|миллиард\w*|градус\w*|радиан\w*"
+                       r"|[а-яё]*(?:[оеую]|ый|ий|ая|ое|ые|ых|их|ого|ему|ому|ится|ется|ть)")      # what stands behind a number and is no counted noun
 
 def quantity(s: str) -> tuple | None:
     "(value, kind of unit, factor) of «12 см», «25 %», «3 яблока», «2 тыс.»; None for anything else."
@@ -253,6 +302,7 @@ def _span(s: str) -> tuple | None:
     ends = [value(x) for x in _items(s[1:-1], True)]
     if len(ends) < 2 or None in ends or (len(ends) > 2 and s[0] + s[-1] != "()"): return None
     if len(ends) == 2 and all(isinstance(e, Fraction) for e in ends) and s[0] + s[-1] != "()" and ends[0] > ends[1]: return ("bad",)
+    if (ends[0] == "-∞" and s[0] == "[") or (ends[-1] == "+∞" and s[-1] == "]"): return ("bad",)
     return ("span", s[0], s[-1], *ends)
 
 # %% ../nbs/04_tmath.ipynb #542a3139
@@ -264,6 +314,7 @@ def _depths(s):
 def value(s: str):
     "A member of a set or interval: a fraction, ±∞, or ('expr', text); None if it is none of these."
     s = re.sub(r"^[a-zA-Z](?:_?\{?\d\}?)?\s*=\s*", "", s.strip())
+    if s[:1] == "(" and (pair := _span(s)) and pair != ("bad",): return pair
     if s in ("∞", "+∞"): return "+∞"
     if s == "-∞": return "-∞"
     if (v := number(s)) is not None: return v
@@ -271,10 +322,12 @@ def value(s: str):
 
 def _inequality(s: str) -> tuple | None:
     "`x > 3`, `3 < x ≤ 5` as an interval."
-    if m := re.fullmatch(r"([^<>≤≥]+)([<≤])\s*[a-z]\s*([<≤])([^<>≤≥]+)", s):
+    if re.fullmatch(r"[^<>≤≥]+[>≥]\s*[a-z]\s*[>≥][^<>≤≥]+|[^<>≤≥a-z]+[<>≤≥]\s*[a-z]", s):      # 5 ≥ x > 1, 3 > x: read from the other end
+        s = "".join(reversed(re.split(r"([<>≤≥])", s))).translate(str.maketrans("<>≤≥", "><≥≤"))
+    if m := re.fullmatch(r"([^<>≤≥]+)([<≤])\s*([a-z])\s*([<≤])([^<>≤≥]+)".replace("([a-z])", "[a-z]"), s.strip()):
         a, b = value(m[1]), value(m[4])
         return None if a is None or b is None else ("span", "(["[m[2] == "≤"], ")]"[m[3] == "≤"], a, b)
-    if m := re.fullmatch(r"[a-z]\s*([<>≤≥])([^<>≤≥]+)", s):
+    if m := re.fullmatch(r"[a-z]\s*([<>≤≥])([^<>≤≥]+)", s.strip()):
         v = value(m[2])
         if v is None: return None
         return ("span", "(", ")]"[m[1] == "≤"], "-∞", v) if m[1] in "<≤" else ("span", "(["[m[1] == "≥"], ")", v, "+∞")
@@ -287,9 +340,14 @@ _COMMANDS = {"frac", "sqrt", "pi", "sin", "cos", "tan", "cot", "arctan", "arcsin
 def expression(s: str) -> str | None:
     "LaTeX that may safely go to math-verify: known commands, short, shallow, small exponents; None otherwise."
     s = s.translate(_LOOK) if re.search(r"[a-z\\\d]", s) and not re.search(r"[а-яё]{3}", s, re.I) else s
+    s = re.sub(r"(?<![a-zA-Z\\])(arcc?tg|arcsin|arccos|c?tg|lg|ln|sin|cos|log|sqrt)(?![a-zA-Z])", r"\\\1", s)
+    s = re.sub(r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}", s)
     for a, b in _FUN: s = re.sub(a, b, s)
+    if re.search(r"\\(?:sin|cos|tan|cot|ln|arc[a-z]+|log_\{[^{}]*\})\s*(?:\d|\w\b|\\pi)[\w\s]*/", s): return None       # tg π/4: of which?
     s = re.sub(r"(\d),(\d)", r"\1.\2", s)
-    if len(s) > 120 or not s or re.search(r"[^\w\s\\{}()+*/^.!-]|[а-яё]|\d\.\d*\(|\d\.\d+\.|\de\d|/\d+ ?(?:\\pi|[a-z])", s, re.I): return None
+    s = re.sub(r"(\\(?:sin|cos|tan|cot)) *(?:\{(\d+)\}|\((\d+)°\)|(\d+))°?(?<=[°)])", lambda m: rf"{m[1]}\frac{{{m[2] or m[3] or m[4]}\pi}}{{180}}", s)
+    if re.fullmatch(r"[\d. ]+-[\d. ]+", s): return None                         # 5-10 is a range as often as a difference
+    if len(s) > 120 or not s or re.search(r"[+-]\s*[+-]", s) or re.search(r"[^\w\s\\{}()+*/^.!-]|[а-яё]|\d\.\d*\(|\d\.\d+\.|\de\d|/\d+ ?(?:\\pi|[a-z])", re.sub(r"\\sqrt\[\d\]", r"\\sqrt", s), re.I): return None
     if {m for m in re.findall(r"\\([a-zA-Z]+)", s)} - _COMMANDS or re.search(r"[a-zA-Z]{3}", re.sub(r"\\[a-zA-Z]+", "", s)): return None
     if max(_depths(s)) > 6 or min(_depths(s)) < 0 or _depths(s)[-1] or re.search(r"\^\s*\{?[+-]?\d{3,}|\^[^+*-]*\^|\d{4,}!|!!|\d \d", s): return None
     return s.strip() if re.search(r"\d|[a-zπ]", s) else None
@@ -297,12 +355,13 @@ def expression(s: str) -> str | None:
 # %% ../nbs/04_tmath.ipynb #d1c88a28
 def parse(text: str) -> tuple | None:
     "The typed form of an answer: ('num', value, unit, factor), ('set', …), ('span', …), ('union', …), ('none',), ('text', …), ('expr', …), ('family', …); None if unreadable."
-    if len(text) > 1000 or not (s := clean(text)) or len(s) > 300: return None
+    if len(text) > 1000 or not (s := clean(text)) or len(s) > 300 or re.search(r"\.\.|…|\\[cl]?dots|\\boxed|\bR ?[\\{/]|\bR \\?setminus", text + " " + s): return None
     low = s.lower().replace("ё", "е")
     if _NONE.fullmatch(low) and low not in ("решения", "решений", "корней"): return ("none",)
     mathy = s if re.search(r"[а-яё]{3}| и | или ", low) else re.sub(r"(?<=[\d\s(;=^_{-])[хХпПкК](?=[\s\d)=;<>≤≥_+-]|$)|^[хХ](?=\s*[_=<>≤≥∈\d])", lambda m: m[0].translate(_LOOK), s)
-    s = re.sub(r"^[a-zA-Zа-я](?:_?\{?\d\}?)?\s*[=∈]\s*(?=\S)", "", mathy)
-    if m := re.fullmatch(r"(.+?),?\s*(?:где )?([nkmтk])\s*∈\s*Z", s): return ("family", expression(re.sub(rf"(?<![a-zA-Z\\]){m[2]}(?![a-zA-Z])", "n", m[1]))) if expression(m[1]) else None
+    s = re.sub(r"^(?:[a-zA-Zа-яА-Я](?:_?\{?\d(?:[,;] ?\d)*\}?)?|[A-Z]{2,3}|\([a-z] ?[;,] ?[a-z](?: ?[;,] ?[a-z])?\))\s*[=∈]\s*(?=\S)", "", mathy)
+    if s == "R": return ("span", "(", ")", "-∞", "+∞")
+    if m := re.fullmatch(r"(.+?),?\s*(?:где )?([nkmтk])\s*∈\s*Z", s): return _family(re.sub(rf"(?<![a-zA-Z\\]){m[2]}(?![a-zA-Z])", "n", m[1]))
     if (v := number(s)) is not None: return ("num", v, "", Fraction(1))
     if re.search(r"\d", s) and (q := quantity(s)): return ("num", *q)
     return _structure(mathy, s, low)
@@ -313,16 +372,39 @@ def _members(parts: list[str]) -> tuple | None:
     names = [m[1] if (m := re.match(r"([a-zA-Z])(?:_?\{?\d\}?)?\s*=", p)) else "" for p in parts]
     vals = [value(p) for p in parts]
     if None in vals or "+∞" in vals or "-∞" in vals: return None
+    if len(set(zip(names, vals))) < len(vals): return None                # a member twice: one root or two?
     if len(set(names)) > 1: return ("named", frozenset(zip(names, vals)))
     return ("set", frozenset(vals))
+
+def _family(s: str) -> tuple | None:
+    "A family of solutions with the letter n; one with ± is two expressions."
+    both = [expression(s.replace("±", sign).lstrip("+ ")) for sign in "+-"] if s.count("±") == 1 else [expression(s)]
+    return None if None in both else ("family", frozenset(("expr", e) for e in both))
+
+def _union(spans: list[tuple]) -> tuple:
+    "Intervals as one set: those that touch become one, where the ends are numbers."
+    if any(isinstance(e, tuple) for s in spans for e in s[3:]): return ("union", frozenset(spans))
+    at = lambda e: float("-inf") if e == "-∞" else float("inf") if e == "+∞" else e
+    out = []
+    for _, l, r, a, b in sorted(spans, key=lambda s: (at(s[3]), s[1] == "(")):
+        if out and (at(a) < at(out[-1][4]) or at(a) == at(out[-1][4]) and (l == "[" or out[-1][2] == "]")):
+            if (at(b), r == "]") > (at(out[-1][4]), out[-1][2] == "]"): out[-1] = (*out[-1][:2], r, out[-1][3], b)
+        else: out.append(("span", l, r, a, b))
+    return out[0] if len(out) == 1 else ("union", frozenset(out))
+
+def _pieces(s: str) -> list[tuple] | None:
+    "An interval, or a finite set of numbers as intervals of one point."
+    if (m := re.fullmatch(r"\\?\{(.*?)\\?\}", s)) and (points := _members(_items(m[1], True))) and points[0] == "set" and all(isinstance(v, Fraction) for v in points[1]):
+        return [("span", "[", "]", v, v) for v in points[1]]
+    return [x] if (x := _span(s)) and x != ("bad",) and len(x) == 5 else None
 
 def _structure(mathy: str, s: str, low: str) -> tuple | None:
     "The branches of `parse` that have parts."
     if (r := _inequality(s)) or (r := _inequality(mathy)): return r
-    if len(p := re.split(r" или |; ", mathy)) > 1 and all(q := [_inequality(x.strip()) for x in p]): return ("union", frozenset(q))
+    if len(p := re.split(r" или |; ", mathy)) > 1 and all(q := [_inequality(x.strip()) for x in p]): return _union(q)
     if len(p := _split(re.sub(r"(?<=[\])]) ?[UuUи] ?(?=[\[(])", "∪", s), "∪")) > 1:
-        spans = [_span(x) for x in p]
-        return None if None in spans or ("bad",) in spans else ("union", frozenset(spans))
+        spans = [_pieces(x) for x in p]
+        return None if None in spans else _union([y for x in spans for y in x])
     if m := re.fullmatch(r"\\?\{(.*?)\\?\}", s): return _members(_items(m[1], True))
     if r := _span(s): return r if r != ("bad",) else None
     if m := re.fullmatch(r"± ?(.+)", s):
@@ -341,6 +423,7 @@ def _judge(a: str, b: str) -> str:
     from math_verify import parse as mv, verify
     from math_verify import LatexExtractionConfig
     try:
+        a, b = (re.sub(r"(\d+)\.(\d+)", lambda m: rf"(\frac{{{m[1]}{m[2]}}}{{1{'0'*len(m[2])}}})", x) for x in (a, b))      # decimals are fractions, not floats
         pa, pb = (mv(f"${x}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=None) for x in (a, b))
         ea, eb = (next((x for x in p if isinstance(x, sympy.Expr)), None) for p in (pa, pb))
         if ea is None or eb is None or not (ea.is_finite is not False and eb.is_finite is not False): return "doubt"
@@ -348,8 +431,8 @@ def _judge(a: str, b: str) -> str:
         for src, e in ((a, ea), (b, eb)):
             letters = set(re.findall(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", src)))
             if {s.name for s in e.free_symbols} - letters: return "doubt"
-        d = sympy.N(ea - eb, 30)
-        near = abs(d) < sympy.Float(10)**-20 if d.is_number else sympy.simplify(ea - eb) == 0
+        d = sympy.N(ea - eb, 150, maxn=400)
+        near = abs(d) < sympy.Float(10)**-130 if d.is_number else sympy.simplify(ea - eb) == 0
         same = bool(verify(pa, pb, timeout_seconds=None))
         return "equal" if same and near else "different" if not same and not near else ("equal" if near and d.is_number else "doubt")
     except Exception: return "doubt"
@@ -392,17 +475,23 @@ def _numbers(a: tuple, g: tuple) -> str:
     if ua == ug: return "correct" if va*fa == vg*fg else "wrong"
     if "%" in (ua, ug):
         if va*fa == vg*fg and not (ua and ug): return "correct"
-        if va == vg: return "correct" if ug == "%" or abs(vg) >= 1 else "unparsed"   # «25 %» where the key says 25; but .5 % is not .5
+        if va == vg: return "correct" if ug == "%" or abs(vg) > 1 else "unparsed"   # «25 %» where the key says 25; but .5 % is not .5
         return "wrong" if not (ua and ug) else "unparsed"
     if ua and ug: return "wrong" if not ua.startswith("noun") and not ug.startswith("noun") else "unparsed"
-    return "correct" if va == vg else "wrong"
+    return "correct" if va == vg else "unparsed" if va*fa == vg*fg else "wrong"      # 1 км where the key says 1000: of metres?
 
 def _same(a, g, worker) -> str:
     "Verdict for two members: fractions, infinities, expressions."
     if a == g: return "correct"
-    if not (isinstance(a, tuple) or isinstance(g, tuple)) or "∞" in str(a) + str(g): return "wrong"
+    if "span" in (a[:1] + g[:1] if isinstance(a, tuple) and isinstance(g, tuple) else ()): return _spans(a, g, worker)
+    if not (isinstance(a, tuple) or isinstance(g, tuple)) or "∞" in str(a) + str(g) or "span" in (str(a) + str(g)): return "wrong"
     text = lambda x: x[1] if isinstance(x, tuple) else f"({x})" if x < 0 else str(x)
     return {"equal": "correct", "different": "wrong", "doubt": "unparsed"}[worker(text(a), text(g))]
+
+def _spans(a: tuple, g: tuple, worker) -> str:
+    "Verdict for two intervals, pairs or tuples."
+    if len(a) != len(g) or a[:3] != g[:3]: return "wrong"
+    return min((_same(x, y, worker) for x, y in zip(a[3:], g[3:])), key=["wrong", "unparsed", "correct"].index)
 
 def _match(xs, ys, worker) -> str:
     "Verdict for two sets: a one-to-one match of members."
@@ -419,6 +508,7 @@ def _match(xs, ys, worker) -> str:
 def compare(answer: str, gold: str, worker: Worker | None = None) -> str:
     "correct, wrong or unparsed for an extracted answer against the key."
     worker = worker or _worker
+    if len(answer) <= 300 and clean(answer) == clean(gold) != "": return "correct"
     a, g = parse(answer), parse(gold)
     if a is None or g is None: return "unparsed"
     kinds = a[0], g[0]
@@ -426,13 +516,16 @@ def compare(answer: str, gold: str, worker: Worker | None = None) -> str:
         v = _numbers(a, g)
         thousands = re.fullmatch(r"-?\d{1,3}(,\d{3})+", clean(answer)) and Fraction(clean(answer).replace(",", "")) == g[1]
         return "unparsed" if v == "wrong" and thousands else v            # 1,000 for a thousand: English habit or one?
+    counted = [x[0] == "expr" and "\\pi" in x[1] and bool(re.search(r"(?<![a-zA-Z\\])[nkm](?![a-zA-Z])", x[1])) for x in (a, g)]
+    if counted[0] != counted[1] and set(kinds) <= {"num", "expr"}: return "unparsed"           # a family without n ∈ Z against one value
     if set(kinds) <= {"num", "expr"}: return _same(*(x[1] if x[0] == "num" else x for x in (a, g)), worker) if not any(x[0] == "num" and x[2] for x in (a, g)) else "unparsed"
-    if kinds == ("family", "family"): return "correct" if a == g or (a[1] and g[1] and worker(a[1], g[1]) == "equal") else "unparsed"
+    if kinds == ("family", "family"): return "correct" if _match(a[1], g[1], worker) == "correct" else "unparsed"
     if "text" in kinds: return ("correct" if a == g else "wrong") if kinds == ("text", "text") else "unparsed"
+    if {"set", "union"} == set(kinds) and a[1] == g[1]: return "correct" if re.search(r"\) и \(", clean(answer) + clean(gold)) else "unparsed"      # «(1; 2) и (3; 4)»: two pairs or two intervals
     if kinds[0] != kinds[1]: return "unparsed" if {"num", "set"} == set(kinds) and len(next(x for x in (a, g) if x[0] == "set")[1]) == 1 or "family" in kinds or "named" in kinds else "wrong"
     if a == g: return "correct"
     if kinds[0] == "set": return _match(a[1], g[1], worker)
-    if kinds[0] == "span": return "wrong" if len(a) != len(g) or a[1:3] != g[1:3] else min((_same(x, y, worker) for x, y in zip(a[3:], g[3:])), key=["wrong", "unparsed", "correct"].index)
+    if kinds[0] == "span": return _spans(a, g, worker)
     if kinds[0] == "named": return "wrong" if all(isinstance(v, Fraction) for x in (a, g) for _, v in x[1]) else "unparsed"
     return "wrong" if kinds[0] == "union" and not any(isinstance(e, tuple) for x in (a, g) for s in x[1] for e in s[3:]) else "unparsed"
 
@@ -466,3 +559,63 @@ def grader_cases() -> list[dict]:
     "Rows of tables/grader_ru.csv: response, answer, verdict, rule."
     import tpro_nb
     with open(Path(tpro_nb.__file__).parent/"tables"/"grader_ru.csv", encoding="utf-8", newline="") as f: return list(csv.DictReader(f))
+
+# %% ../nbs/04_tmath.ipynb #b12c44e0
+_PROOF = re.compile(r"(?i)\b(?:докаж\w+|доказать|доказательств\w+|обоснуй\w*|верно ли|может ли|могут ли|можно ли|существует ли|существуют ли|объясните|приведите пример|постройте|построить)")
+_FIGURE = re.compile(r"(?i)\b(?:на рис\w*|рисун\w*|рис\. ?\d|на чертеже|чертёж\w*|на схеме|на графике|на диаграмме|изображ[её]н\w*|см\. (?:рис|черт))")
+_MANY = re.compile(r"(?i)\b(?:найдите все|укажите все|перечислите|какие (?:числа|значения)|при каких|все (?:пары|тройки|такие|решения|корни|значения|натуральные|целые|числа))")
+
+def unfit(row: dict) -> str | None:
+    "Why a statement cannot be graded by one number; None when it can."
+    if reason := schema_error(row): return reason
+    q, a = row["question"], parse(row["verifiable_answer"])
+    if _PROOF.search(q): return "a proof, a construction or a yes-no question"
+    if _FIGURE.search(q) or "![" in q or "\\includegraphics" in q: return "needs a figure"
+    if a is None or a[0] not in ("num", "expr") or re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", row["verifiable_answer"])) and a[0] == "expr":
+        return "several answers" if a and a[0] in ("set", "union", "span", "family", "named") else "not a number"
+    if _MANY.search(q): return "asks for all of something"
+
+def once(rows: list[dict], share: float = 0.9) -> tuple[list[dict], list[dict]]:
+    "The earliest of every group of the same statement across years (same numbers, words alike to `share`), and the others with a reason."
+    kept, out, words = [], [], lambda r: re.findall(r"\w+", r["question"].lower().replace("ё", "е"))
+    for r in sorted(rows, key=lambda r: (r["year"], r["problem_id"])):
+        w = words(r); s, n = set(w), sorted(x for x in w if x.isdigit())
+        twin = next((k for k, ks, kn in kept if kn == n and len(s & ks) >= share*len(s | ks)), None)
+        if twin: out.append(dict(problem_id=r["problem_id"], reason=f"the same as {twin['problem_id']} of {twin['year']}"))
+        else: kept.append((r, s, n))
+    return [k for k, _, _ in kept], out
+
+# %% ../nbs/04_tmath.ipynb #7dd30c3e
+def pass_at(n: int, right: int, k: int) -> float:
+    "Unbiased pass@k from `n` samples of which `right` are correct (arXiv 2107.03374)."
+    return 1.0 if n - right < k else 1 - math.prod((n - right - i)/(n - i) for i in range(k))
+
+def by_difficulty(rows: list[dict],
+                  samples: dict[str, list[str]],  # problem_id → responses of a given model
+                  k: int = 16, easiest: float = 0.9,  # a share of correct samples above this is too easy
+                 ) -> tuple[list[dict], list[dict]]:
+    "Rows with solve_rate and pass_at_k of a model's graded samples, and those it nearly always solves (or that have no samples) apart."
+    kept, out = [], []
+    pairs = [(r, s) for r in rows for s in samples.get(r["problem_id"], [])]
+    verdict = grade_many([(s, r["verifiable_answer"]) for r, s in pairs])
+    right = Counter(r["problem_id"] for (r, _), v in zip(pairs, verdict) if v == "correct")
+    for r in rows:
+        n = len(samples.get(r["problem_id"], []))
+        if n < k: out.append(dict(problem_id=r["problem_id"], reason=f"{n} samples, {k} needed")); continue
+        c = right[r["problem_id"]]
+        if c/n > easiest: out.append(dict(problem_id=r["problem_id"], reason=f"solved {c} times of {n}"))
+        else: kept.append(r | dict(solve_rate=round(c/n, 4), pass_at_k=round(pass_at(n, c, k), 4)))
+    return kept, out
+
+def write_review(rows: list[dict], path) -> Path:
+    "A table for people: statement, answer, solve rate, and the empty columns `ok` (да / нет) and `comment`."
+    text = io.StringIO(); w = csv.DictWriter(text, ["problem_id", "year", "question", "verifiable_answer", "solve_rate", "ok", "comment"], extrasaction="ignore", restval="")
+    w.writeheader(); w.writerows(rows)
+    return atomic_write(path, "\ufeff" + text.getvalue())      # the mark that makes a spreadsheet read UTF-8
+
+def read_review(rows: list[dict], path) -> list[dict]:
+    "Rows that a reviewer marked да; an unmarked or unknown row is an error, since nobody looked at it."
+    with open(path, encoding="utf-8-sig", newline="") as f: marks = {r["problem_id"]: (r["ok"] or "").strip().lower() for r in csv.DictReader(f)}
+    open_ = [r["problem_id"] for r in rows if marks.get(r["problem_id"]) not in ("да", "нет", "yes", "no")]
+    if open_: raise UserError(f"{path}: {len(open_)} problems without да or нет in column ok, the first: {open_[0]}. Review them, then run again.")
+    return [r for r in rows if marks[r["problem_id"]] in ("да", "yes")]
