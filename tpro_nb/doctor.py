@@ -105,6 +105,7 @@ def accelerate_config(path: Path) -> dict:
     def no(what): return UserError(f"{path.parent.name}/{path.name}: {what}")
     try:
         c = load_config_from_file(str(path))
+        if c.distributed_type == "FSDP" and c.fsdp_config.get("fsdp_version") != 2: raise no("fsdp_version must be 2")
         args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "-m", "tpro_nb.core", "config.json", "result.json"]))
         env = {k: v for k, v in prepare_multi_gpu_env(args).items() if k.startswith(("FSDP_", "PARALLELISM_", "ACCELERATE_"))} if args.use_fsdp else {}
         with patch_environment(**env):
@@ -113,7 +114,6 @@ def accelerate_config(path: Path) -> dict:
     kind = "fsdp" if args.use_fsdp else "deepspeed" if args.use_deepspeed else "ddp" if args.num_processes > 1 else "single"
     if c.mixed_precision != "bf16": raise no(f"mixed_precision is {c.mixed_precision!r}; the trainers use bf16")
     if kind == "fsdp":
-        if plugin.fsdp_version != 2: raise no("fsdp_version must be 2")
         if parallel.sp_size > 1: raise no(f"sp_size {parallel.sp_size} does nothing under FSDP: accelerate puts Ulysses in place under DeepSpeed only. Use cp_size, or distributed_type DEEPSPEED")
         if parallel.total_size != args.num_processes: raise no(f"dp_replicate · dp_shard · tp · cp = {parallel.total_size}, but num_processes is {args.num_processes}")
     return dict(file=path, kind=kind, processes=args.num_processes, machines=args.num_machines, parts=parallel.cp_size,

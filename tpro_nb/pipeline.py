@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'SCRATCH', 'test', 'PUBLISHED', 'LIMIT_KB', 'FORWARDED', 'code_cells', 'parsed', 'signature', 'inputs_of',
-           'stage_names', 'check_params', 'load_params', 'digest', 'code_digest', 'modules_used', 'code_keys',
-           'why_differs', 'list_outputs', 'artefact_hash', 'Status', 'stage_status', 'status', 'reference_status',
-           'run_lock', 'hms', 'export_all', 'execute', 'run_stage', 'git_version', 'choose', 'run', 'key_at_start',
-           'publish', 'parser', 'checkout', 'cmd_run', 'cmd_status', 'cmd_publish', 'cmd_report', 'cmd_plan',
-           'cmd_certify', 'cmd_doctor', 'forward', 'main']
+           'stage_names', 'check_params', 'load_params', 'digest', 'code_digest', 'without_comments', 'modules_used',
+           'code_keys', 'why_differs', 'list_outputs', 'artefact_hash', 'Status', 'stage_status', 'status',
+           'reference_status', 'run_lock', 'hms', 'export_all', 'execute', 'run_stage', 'git_version', 'choose', 'run',
+           'key_at_start', 'publish', 'parser', 'checkout', 'cmd_run', 'cmd_status', 'cmd_publish', 'cmd_report',
+           'cmd_plan', 'cmd_certify', 'cmd_doctor', 'forward', 'main']
 
 # %% ../nbs/90_pipeline.ipynb #e4d916a5
 import argparse, ast, difflib, hashlib, importlib, json, os, re, shutil, subprocess, sys, time
@@ -105,11 +105,16 @@ def code_digest(source: str) -> str:
     return digest(ast.dump(tree))
 
 # %% ../nbs/90_pipeline.ipynb #23d35ff7
+def without_comments(src: str) -> str:
+    "A module named in a comment is not used."
+    try: return ast.unparse(ast.parse(src))
+    except SyntaxError: return src
+
 def modules_used(sources: list[str], lib: Path) -> dict[str, str]:
     "Library modules that the sources import, transitively → code digest. Tables they name count too."
     todo, seen = list(sources), {}
     while todo:
-        src = todo.pop()
+        src = without_comments(todo.pop())
         for name in re.findall(r"tpro_nb\.(\w+)|from tpro_nb import ([\w, ]+)", src):
             for m in re.findall(r"\w+", " ".join(name)):
                 f = lib/f"{m}.py"
