@@ -1,6 +1,6 @@
 "The runner on a toy chain: what is skipped, what is stale and why, what survives a kill, what is refused."
 import json, os, signal, subprocess, sys, time
-import pytest
+import pytest, yaml
 from tpro_nb import pipeline as P
 from tpro_nb.core import UserError
 from conftest import write_notebook, CHAIN
@@ -175,3 +175,19 @@ def test_serve_and_playground_get_their_own_arguments(monkeypatch, capsys):
         with pytest.raises(SystemExit) as e: P.main([command])
         assert e.value.code == 2 and "demo extra" in (err := capsys.readouterr().err) and "Traceback" not in err
     assert seen == [["--port", "8000", "model"]]*2
+
+def test_a_models_card_names_every_licence_and_stays_the_same(chain):
+    def edit(stage, new):
+        cells = [c.replace("run.finish()", f"{new}\nrun.finish()") for c in CHAIN[stage]]
+        write_notebook(chain/"nbs"/f"{stage}.ipynb", cells)
+    edit("01_make", "run.uses(weights='Apache-2.0')\nfrom tpro_nb.core import write_jsonl\nwrite_jsonl(run.out/'rows.jsonl', [dict(source='quotations', licence='CC BY-SA 4.0')]*3)")
+    edit("03_use", "run.input('01_make/rows.jsonl')\nrun.uses(embedder='MIT')\nfor d in ('model', 'work/half'):\n    (run.out/d).mkdir(parents=True, exist_ok=True)\n"
+                   "    write_json(run.out/d/'config.json', {})\n    (run.out/d/'model.safetensors').touch()\n    (run.out/d/'README.md').unlink(missing_ok=True)")
+    run(chain)
+    folder = chain/"outputs/toy/03_use"
+    card = (folder/"model/README.md").read_text()
+    assert all(x in card for x in ("weights: Apache-2.0", "embedder: MIT", "3 training or prompt rows: quotations, CC BY-SA 4.0", "lr: 0.0001", "stage 03_use"))
+    assert "run_dir" not in card and not (folder/"work/half/README.md").exists()
+    assert card.startswith("---\n") and yaml.safe_load(card.split("---")[1])["tags"] == ["tpro-nb", "03_use"]
+    (folder/"stamp.json").unlink(); run(chain)
+    assert (folder/"model/README.md").read_text() == card and set(states(chain).values()) == {"current"}

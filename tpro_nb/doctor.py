@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['QWEN3', 'PROMPT', 'WRITES', 'HOST_GB', 'qwen3', 'count', 'config_of', 'sizes', 'memory', 'writing',
-           'accelerate_config', 'trainings', 'trl_configs', 'remedies', 'weigh', 'launch_line', 'servers',
+           'accelerate_config', 'trainings', 'trl_configs', 'model_rows', 'remedies', 'weigh', 'launch_line', 'servers',
            'other_cards', 'row_split', 'examine', 'cautions', 'said']
 
 # %% ../nbs/91_doctor.ipynb #b93a9397
@@ -71,6 +71,7 @@ def memory(c,                       # the model's configuration
            rank: int = 0,           # of LoRA; 0: all weights are trained
            reference: bool = False, # DPO's second model; adapters need none
            head: bool = True,       # an output head over the vocabulary (a reward model has none)
+           offload: bool = False,   # TRL's activation_offloading: the layers' inputs wait in the host's memory
           ) -> dict[str, float]:    # GB (10^9 bytes) on one card by purpose
     "Memory of one card in the backward pass."
     n, H, I, L = count(c), c.hidden_size, c.intermediate_size, c.num_hidden_layers
@@ -80,7 +81,7 @@ def memory(c,                       # the model's configuration
     trained = rank*L*((H + q)*2 + (H + kv)*2 + (H + I)*3) if rank else n
     gathered = 2*(top + 2*layer) + 2*(top + layer)*(not rank) if shards > 1 else 2*n*(not rank)      # alone, autocast keeps a bf16 copy
     out = dict(weights=(4*trained + 2*n*bool(rank))/shards, gradients=4*trained/shards, optimiser=8*trained/shards, reference=4*n*(reference and not rank)/shards,
-               gathered=gathered, activations=tokens*L*H*(2 if low else 4), block=tokens*(kept + 4*I),
+               gathered=gathered, activations=tokens*(2 if offload else L)*H*(2 if low else 4), block=tokens*(kept + 4*I),
                head=(4096*32_768*2 + 4*c.vocab_size*H*(not rank) + 4*tokens*H)*head)
     return {k: v/1e9 for k, v in out.items()}
 
@@ -129,7 +130,7 @@ def trainings(params: dict, cards: int) -> list[dict]:
             step = p["batch"]*p["accumulate"]*world*rows*p[length]
             tokens = tokens(p, step)
             out.append(dict(stage=stage, what=what, sequences=p["batch"]*rows, length=p[length], length_name=length, world=world, rank=p["rank"], flop=flop, tokens=tokens,
-                            steps=None if tokens is None else math.ceil(tokens/step), batch=p["batch"], nproc=p["nproc"]) | dict(reference=False, head=True) | more)
+                            steps=None if tokens is None else math.ceil(tokens/step), batch=p["batch"], nproc=p["nproc"], offload=p.get("activation_offloading", False)) | dict(reference=False, head=True) | more)
     planned = lambda key: None if plan.get(key) is None else plan[key]*1e6
     add("06_midtraining", "midtraining", 1, "context", 6, lambda p, step: p["steps"]*step)
     add("07_sft", "SFT", 1, "context", 6, lambda p, step: p["steps"]*step or planned("plan_sft_mtok"))
@@ -158,15 +159,20 @@ def trl_configs(params: dict) -> dict[str, object]:
     return out
 
 # %% ../nbs/91_doctor.ipynb #14c5d401
+def model_rows(t: dict) -> dict:
+    "The arguments of `memory` that a training decides."
+    return {k: t[k] for k in ("sequences", "length", "rank", "reference", "head", "offload")}
+
 def remedies(c, t: dict, how: dict, card_gb: float) -> str:
     "Changes of one parameter each that would fit."
-    rows = dict(sequences=t["sequences"], length=t["length"], rank=t["rank"], reference=t["reference"], head=t["head"]) | how
+    rows = model_rows(t) | how
     def total(**kw): return sum(memory(c, **(rows | kw)).values())
     out, short = [], [l for l in range(t["length"] - t["length"] % 1024, 0, -1024) if l < t["length"]]
     if t["batch"] > 1 and total(sequences=t["sequences"]//t["batch"]) <= card_gb: out.append("batch: 1 (and accumulate up by as much)")
     if l := next((l for l in short if total(length=l) <= card_gb), None): out.append(f"{t['length_name']}: {l}")
     more = next((s for s in range(8, 513, 8) if s > how["shards"] and total(shards=s) <= card_gb), None)
     if more: out.append(f"{more} cards under FSDP2")
+    if not t["offload"] and total(offload=True) <= card_gb: out.append(f"TRL's activation_offloading, for which the stage has no parameter yet ({total(offload=True):.1f} GB)")
     if not t["rank"] and total(rank=16) <= card_gb: out.append("rank: 16 (adapters instead of all weights)")
     return "; or ".join(out) or "no single change of length, cards or rank is enough"
 
@@ -179,8 +185,8 @@ def weigh(c, params: dict, ts: list[dict], acc: dict | None, card_gb: float) -> 
     for t in ts:
         many = acc is not None and t["nproc"] > 1
         how = dict(shards=acc["shards"], parts=acc["parts"]) if many else dict(shards=1, parts=1)
-        m = memory(c, t["sequences"], t["length"], rank=t["rank"], reference=t["reference"], head=t["head"], **how)
-        total, alone = sum(m.values()), sum(memory(c, t["sequences"], t["length"], rank=t["rank"], reference=t["reference"], head=t["head"]).values())
+        m = memory(c, **model_rows(t), **how)
+        total, alone = sum(m.values()), sum(memory(c, **model_rows(t)).values())
         fits.append(t | m | how | dict(total=total, alone=alone, fits=total <= card_gb))
         if total > card_gb:
             said = " + ".join(f"{k} {v:.1f}" for k, v in m.items() if v >= .05)
@@ -217,8 +223,11 @@ def servers(params: dict, c, card_gb: float) -> tuple[list[str], list[str]]:
     ends = [Endpoint("tree", model, p["port"], draft, **shape(p["tree"]), **common), Endpoint("chain", model, p["port"] + 1, draft, **shape(p["chain"]), **common),
             Endpoint("plain", model, p["port"] + 2, **common)]
     lines = [" ".join(["python -m sglang.launch_server", *arguments(e)]) for e in ends if check_flags(arguments(e))]
-    w = writing(c, 0, 0, p["tp_size"])["weights"]
-    return lines, [] if w <= .85*card_gb else [f"13_serving: tp_size {p['tp_size']} leaves {w:.1f} GB of weights on a card of {card_gb:g}, no room for a cache. Would fit: tp_size: {2**math.ceil(math.log2(w*p['tp_size']/(.85*card_gb)))}."]
+    def need(tp): return sum(writing(c, 1, 32_768, tp).values())
+    tp, room = p["tp_size"], .85*card_gb                     # SGLang keeps the rest for activations and CUDA graphs
+    if need(tp) <= room: return lines, []
+    fit = next((x for x in (1, 2, 4, 8) if need(x) <= room), None)
+    return lines, [f"13_serving: tp_size {tp} needs {need(tp):.1f} GB on a card for the weights and the cache of one answer of 32,768 tokens, and SGLang uses {room:.0f} of {card_gb:g}. Would fit: {f'tp_size: {fit}' if fit else 'no power of two up to 8'}."]
 
 # %% ../nbs/91_doctor.ipynb #45ec0ec3
 def other_cards(cards: int) -> dict:
@@ -233,7 +242,7 @@ def row_split(c, ts: list[dict], configs: dict, params: dict) -> list[dict]:
         for t in ts if a["parts"] > 1 else []:
             packs = t["stage"] == "06_midtraining" or params[t["stage"]].get("packing", False)
             why = "no: TRL's trainer does not cut this stage's masks" if t["stage"] in ("08_reward_model", "09_dpo") else "no: TRL refuses packed rows here" if packs else "yes"
-            m = memory(c, t["sequences"], t["length"], a["shards"], a["parts"], t["rank"], t["reference"], t["head"])
+            m = memory(c, shards=a["shards"], parts=a["parts"], **model_rows(t))
             out.append(dict(file=name, stage=t["stage"], parts=a["parts"], total=sum(m.values()), usable=why))
     return out
 
@@ -298,7 +307,7 @@ def said(got: dict, profile: str = "") -> str:
         width = [max(len(r[i]) for r in rows) for i in range(len(head))]
         return ["  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(r, width))).rstrip() for r in rows]
     keys = ["weights", "gradients", "optimiser", "reference", "gathered", "activations", "block", "head", "total"]
-    out = [f"{profile or 'profile'}: {got['base']}, {got['parameters']:,} parameters; cards of {got['card_gb']:g} GB (10^9 bytes)", ""]
+    out = [f"{profile or 'profile'}: {got['base']}, {got['parameters']:,} parameters; {'cards' if got['gpu'] else 'a machine'} of {got['card_gb']:g} GB (10^9 bytes)", ""]
     for name, a in got["configs"].items(): out.append(f"{name}: {a['kind']}, {a['processes']} processes on {a['machines']} machine{'s' if a['machines'] > 1 else ''}, {a['shards']} shards, a row over {a['parts']}; accelerate reads it")
     if got["fits"]: out += ["", "training, GB on one card", *table(["stage", "cards", "rows x tokens", *keys, "one card alone"], [[f["stage"], f["world"], f"{f['sequences']} x {f['length']}", *[float(f[k]) for k in keys], float(f["alone"])] for f in got["fits"]])]
     if got["writes"]: out += ["", "writing answers, GB on one card", *table(["stage", "answers x tokens", "GB", "largest that fits"], [[w["stage"], f"{w['sequences']} x {w['new']}", float(w["total"]), f"{w['batch']} {w['most']}"] for w in got["writes"]])]

@@ -4,12 +4,14 @@
 __all__ = ['TYPES', 'SCRATCH', 'test', 'PUBLISHED', 'LIMIT_KB', 'FORWARDED', 'code_cells', 'parsed', 'signature', 'inputs_of',
            'stage_names', 'check_params', 'load_params', 'digest', 'code_digest', 'without_comments', 'modules_used',
            'code_keys', 'why_differs', 'list_outputs', 'artefact_hash', 'Status', 'stage_status', 'status',
-           'reference_status', 'run_lock', 'hms', 'export_all', 'execute', 'run_stage', 'git_version', 'choose', 'run',
-           'key_at_start', 'publish', 'parser', 'checkout', 'cmd_run', 'cmd_status', 'cmd_publish', 'cmd_report',
-           'cmd_plan', 'cmd_certify', 'cmd_doctor', 'forward', 'main']
+           'reference_status', 'run_lock', 'hms', 'export_all', 'execute', 'row_licences', 'model_card', 'write_cards',
+           'run_stage', 'git_version', 'choose', 'run', 'key_at_start', 'licences_above', 'publish', 'parser',
+           'checkout', 'cmd_run', 'cmd_status', 'cmd_publish', 'cmd_report', 'cmd_plan', 'cmd_certify', 'cmd_doctor',
+           'forward', 'main']
 
 # %% ../nbs/90_pipeline.ipynb #e4d916a5
 import argparse, ast, difflib, hashlib, importlib, json, os, re, shutil, subprocess, sys, time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -255,9 +257,35 @@ def execute(root: Path, stage: str, params: dict, out: Path, label: str):
     except DeadKernelError:
         raise RuntimeError(f"{stage}: the kernel died (killed, or out of memory). Run again to continue.") from None
 
+# %% ../nbs/90_pipeline.ipynb #f4d198a1
+def row_licences(run: Path, names: list[str]) -> dict[str, int]:
+    "Rows by 'source, licence' over the jsonl artefacts among a stage's inputs."
+    seen = Counter()
+    for f in (run/n for n in names if n.endswith(".jsonl") and (run/n).is_file()):
+        with open(f, encoding="utf-8") as lines:
+            for row in (json.loads(l) for l in lines if '"licence"' in l): seen[f"{row.get('source', 'unnamed')}, {row.get('licence')}"] += 1
+    return dict(sorted(seen.items()))
+
+def model_card(stage: str, name: str, params: dict, metrics: dict, licences: dict[str, str], rows: dict[str, int]) -> str:
+    "README.md of one model folder."
+    ci = lambda k: f" [{metrics[k + '_lo']:g}, {metrics[k + '_hi']:g}]" if isinstance(metrics.get(k + "_lo"), (int, float)) else ""
+    figures = [f"| {k} | {v:g}{ci(k)} |" for k, v in sorted(metrics.items()) if k.endswith(("_pct", "_bpb")) and isinstance(v, (int, float))]
+    used = [f"* {k}: {v}" for k, v in sorted(licences.items())] + [f"* {n:,} training or prompt rows: {k}" for k, n in rows.items()]
+    return "\n".join(["---", "library_name: transformers", "language: [ru, en]", "license: other", "license_name: several-see-below", f"tags: [tpro-nb, {stage}]", "---", "",
+        f"# {name}, made by stage {stage} of tpro_nb", "", "A model of a course that retraces T-pro 2.0 on small machines. It shows a method and is no assistant: its answers are not to be relied on, and nothing was done to make them safe.", "",
+        "## Weights, vocabularies and data", "", "Whoever passes this folder on is bound by the licences of everything in it:", "", *(used or ["* nothing was recorded"]), "",
+        "## Parameters", "", "```yaml", yaml.safe_dump({k: v for k, v in params.items() if k != "run_dir"}, allow_unicode=True, sort_keys=True).strip(), "```", "",
+        *(["## Measured", "", "| figure | value |", "|---|---|", *figures, "", "Definitions are in tpro_nb/tables/metrics.csv."] if figures else []), ""])
+
+def write_cards(out: Path, stage: str, params: dict, inputs: list[str], licences: dict[str, str]) -> list[Path]:
+    "Cards for the model folders of a stage that have none; their paths."
+    m, rows = read_json(out/"metrics.json"), row_licences(out.parent, inputs)
+    folders = [c.parent for c in sorted(out.rglob("config.json")) if "work" not in c.relative_to(out).parts and any(c.parent.glob("*.safetensors"))]
+    return [atomic_write(f/"README.md", model_card(stage, str(f.relative_to(out)), params, m, licences, rows)) for f in folders if not (f/"README.md").exists()]
+
 # %% ../nbs/90_pipeline.ipynb #aa38979b
-def run_stage(root: Path, stage: str, params: dict, keys: dict, inputs: dict, label: str) -> dict:
-    "Execute one stage and stamp it. The old stamp goes first, the new one comes last."
+def run_stage(root: Path, stage: str, params: dict, keys: dict, inputs: dict, label: str, inherited: dict | None = None) -> dict:
+    "Execute one stage and stamp it; `inherited`: licences of the stages above. The old stamp goes first, the new one comes last."
     out = root/params["run_dir"]/stage
     out.mkdir(parents=True, exist_ok=True)
     for f in ("stamp.json", "failed.json", "metrics.json"): (out/f).unlink(missing_ok=True)
@@ -269,6 +297,7 @@ def run_stage(root: Path, stage: str, params: dict, keys: dict, inputs: dict, la
     if not (out/"metrics.json").exists(): raise RuntimeError(f"{stage}: ended without metrics.json; its last cell should be run.finish(...)")
     m = read_json(out/"metrics.json")
     licences = read_json(out/"licences.json") if (out/"licences.json").exists() else {}
+    write_cards(out, stage, params, list(inputs), (inherited or {}) | licences)
     stamp = dict(stage=stage, code_key=keys, inputs=inputs, outputs=list_outputs(out), seconds=round(time.time() - started, 1), peak_mb=m["peak_mb"],
                  seed=params["seed"], licences=licences, code_version=git_version(root), environment=environment(), finished=time.strftime("%F %T"))
     write_json(out/"stamp.json", stamp)
@@ -313,7 +342,7 @@ def run(root: Path, profile: str, only: str | None = None, start: str | None = N
             left = [guess.get(s) for s in wanted if s not in done]
             eta = f"about {hms(guess[stage])} on the reference machine; all that is left {hms(sum(x or 0 for x in left))}" if guess.get(stage) else "no earlier timing"
             say(f"[{i:2}/{n}] {stage:22} {st.why or (f'{ran[0]} ran' if ran else st.state)}; {eta}")
-            stamp = run_stage(root, stage, params[stage], now, have, f"[{i:2}/{n}] {stage}")
+            stamp = run_stage(root, stage, params[stage], now, have, f"[{i:2}/{n}] {stage}", licences_above(stage, keys, done))
             done[stage] = Status(stage, "ran", "", stamp)
             say(f"[{i:2}/{n}] {stage:22} done in {hms(stamp['seconds'])}, peak {stamp['peak_mb']/1024:.1f} GB")
     return list(done.values())
@@ -322,6 +351,12 @@ def key_at_start(keys: dict, done: dict[str, Status]) -> dict:
     "A stage's code key as it starts: the code may have been edited since the run began, and upstream counts as it was when it ran."
     parts = {k: v for k, v in keys.items() if k != "key"} | dict(upstream={u: done[u].stamp["code_key"]["key"] for u in keys["upstream"]})
     return parts | dict(key=digest(parts))
+
+def licences_above(stage: str, keys: dict[str, dict], done: dict[str, Status]) -> dict[str, str]:
+    "What the stages that a stage stands on, near and far, recorded with `run.uses`."
+    out = {}
+    for u in keys[stage]["upstream"]: out |= licences_above(u, keys, done) | (done[u].stamp.get("licences") or {})
+    return out
 
 def _inputs_now(folder: Path, stage: str, names: list[str], done: dict[str, Status]) -> dict[str, str | None]:
     "Hashes of a stage's inputs; an error where an upstream stage of this profile has not run."
