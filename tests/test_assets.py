@@ -1,4 +1,4 @@
-"Chapter 00: what a download may do wrong, what an archive may hold, and how the texts are split. No network."
+"Chapter 00: what a download may do wrong, what an archive may hold, and how the texts are split. The last two tests read the real vocabularies."
 import base64, io, tarfile, zipfile
 import pytest
 from tpro_nb import assets as A
@@ -95,3 +95,16 @@ def test_sides_are_disjoint_and_fixed():
     share = sum(A.side(f"слово {i}") == "heldout" for i in range(4000))/4000
     assert .08 < share < .12
     assert not set(A.english("choose")) & set(A.english("heldout")) and not set(A.code("choose", 0)) & set(A.code("heldout"))
+
+@pytest.mark.parametrize("name, size, text", [("deepseek", 129_280, "Мороз и солнце; день чудесный! def f(x): return x"), ("tekken", 130_072, "Мороз и солнце; день чудесный! Қазақ тілі"),
+                                              ("xlmr", 250_002, "Мороз и солнце, день чудесный. Қазақ тілі")])
+def test_other_vocabularies_read_their_own_text(name, size, text):
+    tok = A.vocabulary(name)
+    ids = tok.encode(text, add_special_tokens=False).ids
+    assert tok.get_vocab_size() == size and len(ids) < len(text)/1.5
+    assert tok.decode(ids).strip() == text
+
+def test_source_text_is_whole_and_repeatable():
+    first = A.source_texts("networkx")
+    assert first == A.source_texts("networkx") and len(first) > 100 and all(len(t) <= 60_000 for t in first)
+    assert sum("def " in t for t in first) > 50 and not any("def test_" in t for t in first)

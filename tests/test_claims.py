@@ -176,3 +176,13 @@ def test_a_smaller_swap_is_undecided_not_a_contradiction():
     small = {"01_tokenizer_analysis": dict(vocab_size=151669), "02_tokenizer_surgery": FULL | dict(tokens_added=300, vocab_size=20000)}
     rows = by_id(C.ledger(small, "a model", decides=False))
     assert rows["tok-34k"]["verdict"] == "not run here" and rows["tok-152064"]["verdict"] == "contradicted"
+
+def test_two_runs_side_by_side(tmp_path):
+    from tpro_nb.claims import apart, compare
+    for name, gain, hi in (("one", 1.2, 1.3), ("two", 1.6, 1.7)):
+        d = tmp_path/name/"14_eagle_speedup"; d.mkdir(parents=True)
+        core.write_json(d/"metrics.json", dict(speedup=gain, speedup_lo=gain - .1, speedup_hi=hi, prompts=28, **({"draft_ms": .9} if name == "one" else {})))
+    page = compare(tmp_path/"one", tmp_path/"two").read_text(encoding="utf-8")
+    assert "1.20 [1.10, 1.30]" in page and "1.60 [1.50, 1.70]" in page and "1 figures are apart" in page and "one run only" in page and "http" not in page.split("</style>")[1]
+    assert apart((1, .9, 1.1), (1.05, 1.0, 1.2)) == "overlap"
+    with pytest.raises(core.UserError, match="no finished stage"): compare(tmp_path/"one", tmp_path)

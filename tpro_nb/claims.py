@@ -14,10 +14,12 @@ __all__ = ['Found', 'RECOMPUTE', 'LANGUAGES', 'SCORES', 'CLASS', 'PLANNED', 'CON
            'code_is_fastest', 'bandwidth_bound', 'compound', 'batch_shrinks', 'estimate', 'paper_plan', 'plan_table',
            'plan_against_paper', 'plan_within', 'compute_against_roubles', 'plan_rows', 'plan', 'value_of', 'where',
            'judge', 'claim_table', 'units', 'unit_of', 'figure', 'with_interval', 'costs', 'verdict', 'ledger',
-           'counts', 'plain', 'captions', 'stage_view', 'key_numbers', 'summary', 'metrics_of', 'report', 'ledger_html']
+           'counts', 'plain', 'captions', 'stage_view', 'key_numbers', 'summary', 'metrics_of', 'report', 'apart',
+           'compare', 'ledger_html']
 
 # %% ../nbs/16_claims.ipynb #ba99a05b
 import base64, csv, functools, html, json, math, re, time
+from collections import Counter
 from pathlib import Path
 from typing import Any, Callable
 import numpy as np
@@ -710,6 +712,41 @@ def report(run_dir: Path,             # a run's folder
                        areas=list(dict.fromkeys(r["area"] for r in c["claims"])), stages=stages, licences=licences, env=env, plan=paper_plan(),
                        with_interval=with_interval, figure=figure, made=time.strftime("%F %H:%M"))
     return atomic_write(to or run_dir/"report.html", text)
+
+# %% ../nbs/16_claims.ipynb #10564fff
+def apart(a: tuple, b: tuple) -> str:
+    "How two (value, lo, hi) stand to each other: apart, overlap, differ, same, one run only."
+    if a[0] is None or b[0] is None: return "same" if a[0] == b[0] else "one run only"
+    if None in a + b: return "same" if a[0] == b[0] else "differ"
+    return "apart" if a[1] > b[2] or b[1] > a[2] else "overlap"
+
+def compare(a: Path, b: Path,        # two run folders
+            to: Path | None = None,  # the page; compare.html in b by default
+           ) -> Path:
+    "Write the self-contained page that sets two runs side by side."
+    from jinja2 import Environment
+    from markupsafe import Markup
+    a, b = Path(a), Path(b)
+    for p in (a, b):
+        if not metrics_of(p): raise UserError(f"no finished stage in {p}: give two profiles or run folders, such as outputs/reference/cpu")
+    views = [{p.name: stage_view(p) for p in sorted(d.glob("[0-9]*")) if (p/"metrics.json").exists()} for d in (a, b)]
+    stages = []
+    for stage in [s for s in views[0] if s in views[1]]:
+        x, y = (v[stage] for v in views)
+        get = lambda v, k: tuple(v["metrics"].get(k + e) for e in ("", "_lo", "_hi"))
+        rows = [dict(r, a=with_interval(*get(x, r["key"])) if get(x, r["key"])[0] is not None else "–", b=with_interval(*get(y, r["key"])) if get(y, r["key"])[0] is not None else "–",
+                     mark=apart(get(x, r["key"]), get(y, r["key"]))) for r in key_numbers(stage, y["metrics"] | {k: x["metrics"][k] for k in x["metrics"] if k not in y["metrics"]})]
+        pictures = [{f["name"]: f["data"] for f in v["figures"]} for v in (x, y)]
+        keys = [(v["stamp"].get("code_key") or {}).get("code") for v in (x, y)]
+        stages.append(dict(stage=stage, rows=rows, code="The two ran different code." if None not in keys and keys[0] != keys[1] else "",
+                           figures=[dict(name=n, a=d, b=pictures[1][n]) for n, d in pictures[0].items() if n in pictures[1]]))
+    marks = Counter(r["mark"] for s in stages for r in s["rows"])
+    style = re.search(r"<style>(.*?)</style>", (_tables()/"report.html.j2").read_text(encoding="utf-8"), re.S)[1]
+    root = project_root()
+    name = lambda p: str(p.resolve().relative_to(root)) if root and p.resolve().is_relative_to(root) else p.name
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string((_tables()/"compare.html.j2").read_text(encoding="utf-8"))
+    return atomic_write(to or b/"compare.html", page.render(a=name(a), b=name(b), style=Markup(style), stages=stages, apart=marks["apart"], moved=marks["differ"],
+                                                            same=marks["same"] + marks["overlap"], lone=marks["one run only"], made=time.strftime("%F %H:%M")))
 
 # %% ../nbs/16_claims.ipynb #0423933c
 def ledger_html(claims: list[dict]) -> str:

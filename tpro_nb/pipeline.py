@@ -6,8 +6,8 @@ __all__ = ['TYPES', 'SCRATCH', 'test', 'PUBLISHED', 'LIMIT_KB', 'FORWARDED', 'co
            'code_keys', 'why_differs', 'list_outputs', 'artefact_hash', 'Status', 'stage_status', 'status',
            'reference_status', 'run_lock', 'hms', 'export_all', 'execute', 'row_licences', 'model_card', 'write_cards',
            'run_stage', 'git_version', 'choose', 'run', 'key_at_start', 'licences_above', 'publish', 'parser',
-           'checkout', 'cmd_run', 'cmd_status', 'cmd_publish', 'cmd_report', 'cmd_plan', 'cmd_certify', 'cmd_doctor',
-           'forward', 'main']
+           'checkout', 'cmd_run', 'cmd_status', 'cmd_publish', 'run_folder', 'cmd_report', 'cmd_plan', 'cmd_certify',
+           'cmd_doctor', 'forward', 'main']
 
 # %% ../nbs/90_pipeline.ipynb #e4d916a5
 import argparse, ast, difflib, hashlib, importlib, json, os, re, shutil, subprocess, sys, time
@@ -395,7 +395,8 @@ def parser() -> argparse.ArgumentParser:
     c = sub.add_parser("status", help="current, stale and why, missing, failed"); c.add_argument("profile")
     c.add_argument("--reference", action="store_true", help="the committed run: do its keys still match the code?")
     c = sub.add_parser("publish", help="copy a finished run's small files to outputs/reference"); c.add_argument("profile")
-    c = sub.add_parser("report", help="write report.html of a run"); c.add_argument("profile")
+    c = sub.add_parser("report", help="write report.html of a run, or with a second one the page that compares them")
+    c.add_argument("profile", help="a profile, or a run's folder"); c.add_argument("other", nargs="?", help="the run to compare with")
     c = sub.add_parser("plan", help="GPU-hours and cost of a profile, before anything starts"); c.add_argument("profile")
     c = sub.add_parser("doctor", help="does a profile fit its cards? sums of memory, hours, disk; configs and launch lines built"); c.add_argument("profile")
     c.add_argument("--cards", type=int, help="cards to train on, instead of what the profile says")
@@ -430,12 +431,17 @@ def cmd_status(a):
 def cmd_publish(a): publish(checkout(), a.profile)
 
 # %% ../nbs/90_pipeline.ipynb #0a4fe371
+def run_folder(root: Path, name: str) -> Path:
+    "The folder of a profile's run, or a folder given as such (outputs/reference/cpu)."
+    folder = Path(name) if "/" in name else root/next(iter(load_params(root, name).values()))["run_dir"]
+    if not folder.exists(): raise UserError(f"nothing in {folder} yet: tpro-nb run {name}")
+    return folder
+
 def cmd_report(a):
-    from tpro_nb.claims import report
+    from tpro_nb.claims import compare, report
     root = checkout()
-    folder = root/next(iter(load_params(root, a.profile).values()))["run_dir"]
-    if not folder.exists(): raise UserError(f"nothing in {folder} yet: tpro-nb run {a.profile}")
-    print(report(folder))
+    folders = [run_folder(root, n) for n in (a.profile, a.other) if n]
+    print(compare(*folders) if a.other else report(*folders))
 
 def cmd_plan(a):
     from tpro_nb.claims import plan, plan_table
