@@ -107,4 +107,4 @@ def test_other_vocabularies_read_their_own_text(name, size, text):
 def test_source_text_is_whole_and_repeatable():
     first = A.source_texts("networkx")
     assert first == A.source_texts("networkx") and len(first) > 100 and all(len(t) <= 60_000 for t in first)
-    assert sum("def " in t for t in first) > 50 and not any("def test_" in t for t in first)
+    assert sum("def " in t for t in first) > 50
