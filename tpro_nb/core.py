@@ -302,7 +302,7 @@ def toy_problems(n: int = 12) -> list[dict]:
     "Problems with T-Math's eight fields, plus `problem_id`, `family` and `steps`."
     return [dict(question=f"У Пети {a} яблок, у Маши {b}. Сколько яблок вместе?", verifiable_answer=str(a + b), year="2026", grade="5",
                  full_answer=f"Ответ: {a + b}", solutions=[f"{a} + {b} = {a + b}."], task_complexity="1", olympiad="toy",
-                 problem_id=f"toy-{i}", family="sum", steps=1) for i in range(n) for a, b in [(3 + i, 2*i + 1)]]
+                 problem_id=f"toy-{i}", family="sums", steps=1) for i in range(n) for a, b in [(3 + i, 2*i + 1)]]
 
 def toy_rows(n: int = 24) -> list[dict]:
     "Instruction rows in both modes."
@@ -311,14 +311,14 @@ def toy_rows(n: int = 24) -> list[dict]:
         mode = ("think", "direct")[i % 2]
         answer = p["full_answer"] if mode == "direct" else f"<think>\n{p['solutions'][0]}\n</think>\n\n{p['full_answer']}"
         rows.append(dict(id=f"toy-{i}", messages=[dict(role="user", content=p["question"]), dict(role="assistant", content=answer)],
-                         mode=mode, subset="reasoning" if mode == "think" else "general", lang="ru", domain="math", category="math", family="sum",
+                         mode=mode, subset="reasoning" if mode == "think" else "general", lang="ru", domain="math", category="math", family="sums",
                          answer=p["verifiable_answer"], source="toy", licence="Apache-2.0"))
     return rows
 
 # %% ../nbs/00_core.ipynb #9af3ca92
 def _toy_prompts(path):
     splits = ["rm_train", "rm_test", "dpo", "eagle"]
-    write_jsonl(path, [dict(id=p["problem_id"], prompt=p["question"], answer=p["verifiable_answer"], family="sum", domain="math", lang="ru",
+    write_jsonl(path, [dict(id=p["problem_id"], prompt=p["question"], answer=p["verifiable_answer"], family="sums", domain="math", lang="ru",
                             split=splits[i % 4]) for i, p in enumerate(toy_problems(24))])
 
 TOYS: dict[str, Callable[[Path], Any]] = {
