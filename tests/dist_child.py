@@ -2,6 +2,7 @@
 import torch
 import torch.distributed as dist
 from pathlib import Path
+from types import SimpleNamespace
 
 def world() -> int: return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -33,6 +34,7 @@ def start(nproc: int) -> tuple[int, int]:
 def fsdp(nproc: int, out: str, steps: int = 4) -> dict:
     "The nano model for a few steps of AdamW, sharded over `nproc` processes by fully_shard; its whole weights go to `out`."
     from safetensors.torch import save_file
+    from tpro_nb.base_model import whole
     rank, n = start(nproc)
     model, rows = nano()
     local = sum(p.numel() for p in model.parameters())
@@ -50,8 +52,10 @@ def fsdp(nproc: int, out: str, steps: int = 4) -> dict:
         both = loss.detach().clone()
         if n > 1: dist.all_reduce(both)
         losses.append(float(both)/n)
-    whole = {k: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().contiguous() for k, p in model.named_parameters()}
-    if rank == 0: save_file(whole, out)
+    trainer = SimpleNamespace(model=model, accelerator=SimpleNamespace(unwrap_model=lambda m: m), is_fsdp_enabled=n > 1, is_world_process_zero=lambda: rank == 0)
+    got = whole(trainer, lambda: nano()[0])                # as the trainings gather it; every rank calls
+    assert (got is None) == (rank > 0)
+    if rank == 0: save_file({k: p.detach().contiguous() for k, p in got.named_parameters()}, out)
     return dict(world=n, losses=losses, local=local)
 
 def ulysses(nproc: int, out: str) -> dict:

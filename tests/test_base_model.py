@@ -91,7 +91,7 @@ def test_bad_rows_are_named():
 
 def test_midtraining_recipe_is_the_papers():
     p = params("h100x32", "06_midtraining")
-    assert (p["lr"], p["lr_min"], p["warmup"], p["beta1"], p["beta2"], p["eps"], p["weight_decay"], p["clip"]) == (1e-5, 1e-6, 100, .9, .95, 1e-8, 1e-6, 1.0)
+    assert (p["lr"], p["lr_min"], p["warmup"], p["beta2"], p["eps"], p["weight_decay"], p["clip"]) == (1e-5, 1e-6, 100, .95, 1e-8, 1e-6, 1.0)
     assert p["context"] == 32768 and p["batch"]*p["accumulate"]*32 == 128 and p["steps"] == 9750 and p["rank"] == 0
     assert abs(128*p["context"]*p["steps"]/40e9 - 1) < .03
     assert params("h100x32", "03_base_model")["base"] == "Qwen/Qwen3-32B"

@@ -8,8 +8,8 @@ from tpro_nb.base_model import last_checkpoint
 from tpro_nb.core import cache_dir, launch, toy
 
 TESTS = Path(__file__).resolve().parent
-SFT = dict(epochs=1., steps=4, batch=1, context=128, packing=True, lr=1e-3, warmup=0, beta1=.9, beta2=.95, eps=1e-8, weight_decay=0., clip=1., rank=4, save_every=100)
-MID = dict(steps=4, batch=1, context=96, lr=1e-3, lr_min=1e-4, warmup=1, beta1=.9, beta2=.95, eps=1e-8, weight_decay=1e-6, clip=1., rank=0, save_every=100)
+SFT = dict(epochs=1., steps=4, batch=1, context=128, packing=True, lr=1e-3, warmup=0, beta2=.95, eps=1e-8, weight_decay=0., clip=1., rank=4, save_every=100)
+MID = dict(steps=4, batch=1, context=96, lr=1e-3, lr_min=1e-4, warmup=1, beta2=.95, eps=1e-8, weight_decay=1e-6, clip=1., rank=0, save_every=100)
 LONG = SFT | dict(steps=40, accumulate=1, save_every=5)         # long enough to be killed in its middle
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,5 @@
 "Chapter 91: the sums agree with hand arithmetic, what cannot fit is refused by name, and accelerate, TRL and SGLang accept what the profiles ask for."
-import inspect, math, shlex
+import inspect, math, shlex, sys
 from pathlib import Path
 import pytest, yaml
 from tpro_nb import core, doctor as D, pipeline as P
@@ -15,7 +15,7 @@ def big():
     "The 4x8 profile with batches and lengths that fit, so that each test breaks one thing."
     p = P.load_params(ROOT, "h100x32")
     p["07_sft"]["eval_batch"], p["10_evaluation"]["batch_size"], p["11_eagle_draft"]["gen_batch"] = 6, 1, 8
-    for stage, length in (("08_reward_model", 16384), ("09_dpo", 16384)): p[stage] |= dict(sample_batch=1, max_length=length)
+    for stage, length in (("08_reward_model", 16384), ("09_dpo", 16384)): p[stage] |= dict(sample_batch=1, max_length=length, accelerate="")
     return p
 
 @pytest.mark.parametrize("size", D.QWEN3)
@@ -69,7 +69,7 @@ def test_full_fine_tuning_of_32b_on_a_node_is_refused_with_the_sum(big):
 
 @pytest.mark.parametrize("stage, changes, names", [
     ("07_sft", dict(eval_batch=7), ["07_sft: eval_batch 7", "eval_batch: 6"]),
-    ("08_reward_model", dict(max_length=32768), ["08_reward_model: max_length 32768", "max_length: "]),
+    ("08_reward_model", dict(max_length=32768), ["08_reward_model: max_length 32768", "max_length: ", "accelerate: a file"]),
     ("09_dpo", dict(batch=2), ["09_dpo: max_length 16384 with batch 2", "batch: 1"]),
     ("10_evaluation", dict(batch_size=16), ["10_evaluation: batch_size 16", "batch_size: 1"]),
     ("06_midtraining", dict(nproc=4), ["06_midtraining: nproc 4", "num_processes 32"]),
@@ -85,7 +85,7 @@ def test_the_named_remedy_fits_and_one_step_more_does_not(big):
     for length, fits in ((fix, True), (fix + 1024, False)):
         big["09_dpo"]["max_length"] = length
         assert (D.examine(big, FOLDER)["problems"] == []) is fits
-    big["09_dpo"] |= dict(max_length=32768, activation_offloading=True)        # the other remedy that is named
+    big["09_dpo"] |= dict(max_length=32768, accelerate="params/h100x32/accelerate.yaml")        # the other remedy that is named
     assert D.examine(big, FOLDER)["problems"] == []
 
 def test_without_fsdp_many_cards_do_not_help(big, tmp_path):
@@ -133,6 +133,21 @@ def test_launch_lines_are_those_of_core_launch(tmp_path, monkeypatch, nproc):
     monkeypatch.setattr(core.subprocess, "run", run)
     core.launch("tpro_nb.core:peak_mb", {}, tmp_path, nproc=nproc)
     assert shlex.split(D.launch_line(nproc))[1:] == [{str(tmp_path/"config.json"): "CONFIG", str(tmp_path/"result.json"): "RESULT"}.get(a, a) for a in seen[0]]
+
+def test_on_slurm_core_starts_what_the_doctor_prints(big, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "4")
+    shown, own = shlex.split(D.launch_line(8, D.examine(big, FOLDER)["acc"])), core.starter(8, "params/h100x32/accelerate.yaml")
+    assert own[:own.index("-c")] == shown[:shown.index("-c")] and own[-1] == "tpro-nb"
+    inner = own[own.index("-c") + 1].replace(f"{sys.executable} -m accelerate.commands.launch", "accelerate launch").replace(f"{ROOT}/", "")
+    assert inner == shown[-1].replace("CONFIG RESULT", '"$@"')
+    with pytest.raises(UserError, match="no file params/nowhere.yaml"): core.starter(2, "params/nowhere.yaml")
+
+def test_the_profile_as_it_stands_is_not_refused():
+    assert D.examine(P.load_params(ROOT, "h100x32"), FOLDER)["problems"] == []
+
+def test_an_empty_accelerate_is_said(big):
+    big["07_sft"]["accelerate"] = ""
+    assert any("07_sft" in w and "06_midtraining" not in w and "nothing is sharded" in w for w in D.examine(big, FOLDER)["warnings"])
 
 @pytest.mark.parametrize("cards, machines", [(None, 4), (8, 1), (16, 2)])
 def test_accelerate_takes_the_launch_line(big, monkeypatch, cards, machines):

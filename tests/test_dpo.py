@@ -26,7 +26,7 @@ def test_best_worst():
 
 def test_paper_table_15():
     y = yaml.safe_load((ROOT/"params"/"h100x32"/"09_dpo.yaml").read_text(encoding="utf-8"))
-    assert (y["beta"], y["lr"], y["weight_decay"], y["warmup"], y["clip"], y["beta1"], y["beta2"], y["eps"]) == (.5, 1e-7, .01, .05, 2., .9, .95, 1e-12)
+    assert (y["beta"], y["lr"], y["weight_decay"], y["warmup"], y["clip"], y["beta2"], y["eps"]) == (.5, 1e-7, .01, .05, 2., .95, 1e-12)
     assert y["max_length"] == 32768 and y["epochs"] == 1 and y["n"] == 16 and y["batch"]*y["accumulate"]*32 == 128
     assert y["cross_to_direct"] == pytest.approx(6/10) and y["cross_to_think"] == pytest.approx(4/90, abs=1e-3)
 
@@ -46,7 +46,7 @@ def pairs(tok, n=10):
     return [dict(id=f"q{i}", mode=("think", "direct")[i % 2], prompt=f"Сколько будет {i} + 3?", chosen=f"Ответ: {i + 3}", rejected="Мороз и солнце", chosen_ids=enc(f"Ответ: {i + 3}"),
                  rejected_ids=enc("Мороз и солнце")) for i in range(n)]
 
-CONFIG = dict(epochs=2., batch=4, accumulate=1, max_length=128, lr=3e-3, warmup=0., beta=.5, beta1=.9, beta2=.95, eps=1e-12, weight_decay=.01, clip=2., dev_share=.2, eval_every=1, patience=0)
+CONFIG = dict(epochs=2., batch=4, accumulate=1, max_length=128, lr=3e-3, warmup=0., beta=.5, beta2=.95, eps=1e-12, weight_decay=.01, clip=2., dev_share=.2, eval_every=1, patience=0)
 
 def logp(path, p):
     model, tok = D.load_model(path, torch.float32)

@@ -67,7 +67,7 @@ def test_llm_judge(judge_server):
     assert [m["verdict"] for m in R.knockout(2, R.both_orders(R.llm_judge(url, "m", "Вопрос?", texts)))[0]] == [0]
 
 def test_unreachable_judge_says_so():
-    with pytest.raises(core.UserError, match="judge_url http://127.0.0.1:9/v1.*judge: verifier"): R.llm_judge("http://127.0.0.1:9/v1", "m", "?", ["a", "b"])(0, 1)
+    with pytest.raises(core.UserError, match="judge_url http://127.0.0.1:9/v1.*leave it empty"): R.llm_judge("http://127.0.0.1:9/v1", "m", "?", ["a", "b"])(0, 1)
 
 def rows(verdicts, pid="q"): return [dict(id=pid, prompt="2 + 3?", source="07_sft", mode="direct", text=f"Ответ: {i}", verdict=v) for i, v in enumerate(verdicts)]
 

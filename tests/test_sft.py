@@ -87,7 +87,7 @@ def test_leaks():
 
 def test_sft_recipe_is_table_14():
     p = yaml.safe_load((ROOT/"params"/"h100x32"/"07_sft.yaml").read_text())
-    assert (p["epochs"], p["steps"], p["lr"], p["warmup"], p["beta1"], p["beta2"], p["eps"], p["clip"]) == (2.0, 0, 1e-6, .1, .9, .95, 1e-12, 2.0)
+    assert (p["epochs"], p["steps"], p["lr"], p["warmup"], p["beta2"], p["eps"], p["clip"]) == (2.0, 0, 1e-6, .1, .95, 1e-12, 2.0)
     assert p["context"] == 32768 and p["packing"] and p["batch"]*p["accumulate"]*32 == 32 and p["rank"] == 0
 
 def packed_trainer(tmp_path, rows, steps=2, **kw):

@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'INITS', 'check_sizes', 'device', 'load_model', 'smollm2', 'text_bits', 'bits_per_byte', 'row_plan',
            'init_random', 'init_global', 'init_mean', 'init_wmean', 'spelt', 'init_ridge', 'vocab_matrices',
-           'transplant', 'set_specials', 'lora', 'trainable', 'on_cpu', 'new_rows', 'merge_and_save', 'save_folder',
-           'stored_rows', 'trainer_args', 'Watch', 'sft_trainer', 'last_checkpoint', 'work_key', 'fit', 'windows',
-           'run_steps', 'make_nano', 'get_base', 'heldout_and_train', 'race', 'winner', 'gain']
+           'transplant', 'set_specials', 'lora', 'trainable', 'set_attention', 'new_rows', 'merge_and_save', 'whole',
+           'save_folder', 'stored_rows', 'trainer_args', 'Watch', 'sft_trainer', 'last_checkpoint', 'work_key', 'fit',
+           'windows', 'run_steps', 'make_nano', 'get_base', 'heldout_and_train', 'race', 'winner', 'gain']
 
 # %% ../nbs/03_base_model.ipynb #7aba14db
-import json, math, shutil, time
+import json, os, math, shutil, time
 from pathlib import Path
 import numpy as np
 import torch
@@ -184,18 +184,21 @@ def lora(model, new_rows=(), rank: int = 16, alpha: int | None = None, dropout: 
 
 def trainable(model, new_rows=(), rank: int = 16, **kw):
     "The model ready for training: with adapters, or whole and in fp32 for rank 0."
-    if rank == 0: return model.float().requires_grad_(True)
+    if rank == 0: return set_attention(model.float().requires_grad_(True))
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true": raise UserError(f"rank is {rank} and accelerate shards the weights (FSDP): set rank: 0, or leave accelerate empty")
     from peft import get_peft_model
     model = get_peft_model(model, lora(model, new_rows, rank, **kw))
     head = model.get_base_model().get_output_embeddings()
     if head is not None and not hasattr(head, "bias"): head.bias = None   # TRL's fused head reads it; PEFT's wrapper of a tied head lacks it
     for m in model.modules():
         if hasattr(m, "cast_input_dtype_enabled"): m.cast_input_dtype_enabled = False   # autocast does it: PEFT's own copies to fp32 and back cost a tenth of a step
-    return on_cpu(model)
+    return set_attention(model)
 
-def on_cpu(model):
-    "Plain attention for training on a CPU: torch's fused backward takes 8 ms a layer there at any length."
+def set_attention(model):
+    "Attention for training: FlashAttention on a GPU that has it installed; plain on a CPU, where torch's fused backward takes 8 ms a layer at any length."
+    from transformers.utils import is_flash_attn_2_available
     if not torch.cuda.is_available(): model.set_attn_implementation("eager")
+    elif is_flash_attn_2_available(): model.set_attn_implementation("flash_attention_2")
     return model
 
 def new_rows(folder) -> list[int]:
@@ -220,6 +223,15 @@ def merge_and_save(model, tok, folder,
     save_folder(model, tok, folder, rows)
     return changed
 
+def whole(trainer, load):   # load(): the model training started from, for its structure
+    "The trained model with all its weights on the first process, None on the others. Every process calls it: under FSDP each holds a part."
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_fsdp_enabled:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if trainer.is_world_process_zero(): model = load(); model.load_state_dict(state, strict=False)
+    return model if trainer.is_world_process_zero() else None
+
 def save_folder(model, tok, folder, rows=()):
     "A complete model folder, written beside its name and moved there."
     folder = Path(folder); part = folder.with_name(f".{folder.name}.part")
@@ -237,7 +249,9 @@ def stored_rows(folder, rows):
 def trainer_args(cls, work, steps: int = -1, epochs: float = 1.0, batch: int = 8, accumulate: int = 1, lr: float = 1e-4, warmup: float = 0, schedule: str = "cosine",
                  schedule_kwargs: dict | None = None, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, clip: float = 1.0,
                  save_every: int = 50, log_every: int = 5, seed: int = 0, report_to: str = "none", checkpointing: bool | None = None, **extra):
-    "Arguments for a TRL trainer: `cls` is SFTConfig, RewardConfig or DPOConfig; `extra` goes through."
+    """Arguments for a TRL trainer: `cls` is SFTConfig, RewardConfig or DPOConfig; `extra` goes through.
+
+    Make them before the model: they start the process group, and only then does FSDP let one process read the weights for all."""
     gpu = torch.cuda.is_available()
     return cls(output_dir=str(work), max_steps=steps, num_train_epochs=epochs, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
                learning_rate=lr, warmup_steps=warmup, lr_scheduler_type=schedule, lr_scheduler_kwargs=schedule_kwargs or {}, adam_beta1=betas[0], adam_beta2=betas[1],
@@ -272,7 +286,7 @@ def sft_trainer():
 # %% ../nbs/03_base_model.ipynb #f34035da
 def last_checkpoint(work) -> str | None:
     "The newest whole checkpoint under `work`, None where there is none."
-    found = [p for p in Path(work).glob("checkpoint-*") if (p/"trainer_state.json").exists() and (p/"optimizer.pt").exists()]
+    found = [p for p in Path(work).glob("checkpoint-*") if (p/"trainer_state.json").exists() and any((p/f).exists() for f in ("optimizer.pt", "optimizer_0", "optimizer.bin"))]   # one process; FSDP, sharded; FSDP, full
     return str(max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))) if found else None
 
 def work_key(*parts) -> str:

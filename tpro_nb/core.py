@@ -4,10 +4,10 @@
 __all__ = ['CHILD_ENV', 'PACKAGES', 'CHAT_TEMPLATE', 'SPECIALS', 'THINK', 'TOY_TEXT', 'TOYS', 'UserError', 'project_root',
            'outputs_dir', 'cache_dir', 'atomic_write', 'write_json', 'write_jsonl', 'read_json', 'read_jsonl', 'sha256',
            'Run', 'peak_mb', 'seed_everything', 'metric_table', 'check_metrics', 'ratio_ci', 'launch', 'launch_each',
-           'environment', 'toy_tokenizer', 'toy_model', 'toy_problems', 'toy_rows', 'toy']
+           'starter', 'environment', 'toy_tokenizer', 'toy_model', 'toy_problems', 'toy_rows', 'toy']
 
 # %% ../nbs/00_core.ipynb #2445e493
-import csv, ctypes, hashlib, importlib, json, os, platform, random, resource, signal, subprocess, sys, time
+import csv, ctypes, hashlib, importlib, json, os, platform, random, resource, shlex, signal, subprocess, sys, time
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Iterable
@@ -188,23 +188,35 @@ def launch(target: str,            # "tpro_nb.sft:train"
            work: Path | str,       # folder for config.json and result.json
            nproc: int = 1,         # processes: 1 is plain python, more is torchrun
            threads: int = 0,       # threads a process; 0: cores / nproc
+           accelerate: str = "",   # accelerate's yaml, from the project's root; empty: torchrun
           ) -> dict:               # what the function returned (json)
-    "Run `target(**config)` in a child process (or `nproc` under torchrun), its output live; return its result."
-    return _spawn([(target, config)], work, nproc, threads)[0]
+    "Run `target(**config)` in a child process (or `nproc` of them), its output live; return its result."
+    return _spawn([(target, config)], work, nproc, threads, accelerate)[0]
 
 def launch_each(jobs: list[tuple[str, dict]],   # (target, config), run one after another
-                work: Path | str, nproc: int = 1, threads: int = 0) -> list[dict]:
-    "`launch` for several targets in one child, which imports torch once; under torchrun each has its own."
+                work: Path | str, nproc: int = 1, threads: int = 0, accelerate: str = "") -> list[dict]:
+    "`launch` for several targets in one child, which imports torch once; with `nproc` each has its own, and only those named `train` are run by many."
     if nproc == 1: return _spawn(jobs, work, 1, threads)
-    return [launch(t, c, Path(work)/str(i), nproc, threads) for i, (t, c) in enumerate(jobs)]
+    many = lambda target: dict(nproc=nproc, accelerate=accelerate) if target.endswith(":train") else {}
+    return [launch(t, c, Path(work)/str(i), threads=threads, **many(t)) for i, (t, c) in enumerate(jobs)]
 
-def _spawn(jobs, work, nproc, threads) -> list[dict]:
+def starter(nproc: int, accelerate: str = "") -> list[str]:
+    "How a child starts: python, torchrun, or `accelerate launch` with a file, inside a Slurm job of several nodes once on each."
+    if nproc == 1: return [sys.executable, "-m", "tpro_nb.core"]
+    if not accelerate: return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", "tpro_nb.core"]
+    file = next((p for p in (Path(accelerate), (project_root() or Path())/accelerate) if p.is_file()), None)
+    if file is None: raise UserError(f"accelerate: there is no file {accelerate}; give a path from the project's root, or leave it empty for torchrun")
+    words, nodes = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file.absolute())], int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
+    if nodes == 1: return [*words, "-m", "tpro_nb.core"]
+    line = shlex.join(words) + ' --machine_rank $SLURM_NODEID --main_process_ip $(scontrol show hostnames $SLURM_JOB_NODELIST | head -1) -m tpro_nb.core "$@"'
+    return ["srun", f"--nodes={nodes}", "--ntasks-per-node=1", f"--gpus-per-node={nproc}", "bash", "-c", line, "tpro-nb"]
+
+def _spawn(jobs, work, nproc, threads, accelerate="") -> list[dict]:
     work = Path(work); work.mkdir(parents=True, exist_ok=True)
     result = work/"result.json"; result.unlink(missing_ok=True)
     write_json(work/"config.json", jobs)
-    starter = ["-m", "tpro_nb.core"] if nproc == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", "tpro_nb.core"]
     env = {**CHILD_ENV, **os.environ, "OMP_NUM_THREADS": str(threads or max(1, (os.cpu_count() or 1)//nproc))}
-    p = subprocess.run([sys.executable, *starter, str(work/"config.json"), str(result)], env=env, preexec_fn=_die_with_parent)
+    p = subprocess.run([*starter(nproc, accelerate), str(work/"config.json"), str(result)], env=env, preexec_fn=_die_with_parent)
     if p.returncode or not result.exists():
         err = work/"error.txt"
         if p.returncode == 2 and err.exists(): raise UserError(err.read_text())
@@ -333,11 +345,14 @@ TOYS: dict[str, Callable[[Path], Any]] = {
     "05_data/heldout.jsonl": lambda p: write_jsonl(p, [dict(text=t, lang="ru" if ord(t[0]) > 127 else "en") for t in TOY_TEXT]),
 }
 
+def _code_text(code) -> str: return repr((code.co_code, code.co_names, [_code_text(c) if hasattr(c, "co_code") else c for c in code.co_consts]))
+
 def toy(name: str, build: Callable[[Path], Any] | None = None) -> Path:
     "The toy that stands in for the artefact `name`, built once into the cache (and remade when this chapter's toys change)."
     build = build or TOYS.get(name)
     if build is None: raise UserError(f"no toy for {name}: give run_dir a folder that holds it")
-    code = hashlib.sha256(repr((CHAT_TEMPLATE, TOY_TEXT, getattr(build, "__code__", build).co_code)).encode()).hexdigest()[:8]
+    makers = [f.__code__ for f in (build, toy_tokenizer, toy_model, toy_problems, toy_rows, _toy_prompts)]
+    code = hashlib.sha256(repr((CHAT_TEMPLATE, TOY_TEXT, [_code_text(c) for c in makers])).encode()).hexdigest()[:8]
     path = cache_dir()/"toys"/code/name
     if not path.exists():
         part = path.with_name(f".{path.name}.{os.getpid()}"); part.parent.mkdir(parents=True, exist_ok=True)

@@ -130,7 +130,7 @@ def trainings(params: dict, cards: int) -> list[dict]:
             step = p["batch"]*p["accumulate"]*world*rows*p[length]
             tokens = tokens(p, step)
             out.append(dict(stage=stage, what=what, sequences=p["batch"]*rows, length=p[length], length_name=length, world=world, rank=p["rank"], flop=flop, tokens=tokens,
-                            steps=None if tokens is None else math.ceil(tokens/step), batch=p["batch"], nproc=p["nproc"], offload=p.get("activation_offloading", False)) | dict(reference=False, head=True) | more)
+                            steps=None if tokens is None else math.ceil(tokens/step), batch=p["batch"], nproc=p["nproc"], accelerate=p.get("accelerate", ""), offload=stage[:2] in ("08", "09") and bool(p.get("accelerate"))) | dict(reference=False, head=True) | more)
     planned = lambda key: None if plan.get(key) is None else plan[key]*1e6
     add("06_midtraining", "midtraining", 1, "context", 6, lambda p, step: p["steps"]*step)
     add("07_sft", "SFT", 1, "context", 6, lambda p, step: p["steps"]*step or planned("plan_sft_mtok"))
@@ -144,7 +144,7 @@ def trl_configs(params: dict) -> dict[str, object]:
     work, out = Path(tempfile.gettempdir())/"tpro-doctor", {}
     def common(p): return dict(batch=p["batch"], accumulate=p["accumulate"], lr=p["lr"], warmup=p["warmup"], weight_decay=p["weight_decay"], clip=p["clip"],
                                seed=p["seed"], report_to=p["report_to"], checkpointing=True)
-    adam = lambda p: dict(betas=(p["beta1"], p["beta2"]), eps=p["eps"])
+    adam = lambda p: dict(betas=(0.9, p["beta2"]), eps=p["eps"])
     if p := params.get("06_midtraining"):
         out["06_midtraining"] = trainer_args(SFTConfig, work, steps=p["steps"], schedule="cosine_with_min_lr", schedule_kwargs=dict(min_lr=p["lr_min"]), save_every=p["save_every"],
                                              packing=True, packing_strategy="bfd", max_length=p["context"], **common(p), **adam(p))
@@ -153,9 +153,9 @@ def trl_configs(params: dict) -> dict[str, object]:
                                      max_length=p["context"] if p["packing"] else None, **common(p), **adam(p))
     if p := params.get("08_reward_model"):
         out["08_reward_model"] = trainer_args(RewardConfig, work, steps=p["steps"], save_every=p["save_every"], max_length=p["max_length"],
-                                              center_rewards_coefficient=p["center"] or None, **common(p))
+                                              center_rewards_coefficient=p["center"] or None, activation_offloading=bool(p.get("accelerate")), **common(p))
     if p := params.get("09_dpo"):
-        out["09_dpo"] = dpo_args(work, epochs=p["epochs"], beta=p["beta"], max_length=p["max_length"], eval_every=p["eval_every"], early=False, **common(p), **adam(p))
+        out["09_dpo"] = dpo_args(work, epochs=p["epochs"], beta=p["beta"], max_length=p["max_length"], eval_every=p["eval_every"], early=False, activation_offloading=bool(p.get("accelerate")), **common(p), **adam(p))
     return out
 
 # %% ../nbs/91_doctor.ipynb #14c5d401
@@ -172,7 +172,7 @@ def remedies(c, t: dict, how: dict, card_gb: float) -> str:
     if l := next((l for l in short if total(length=l) <= card_gb), None): out.append(f"{t['length_name']}: {l}")
     more = next((s for s in range(8, 513, 8) if s > how["shards"] and total(shards=s) <= card_gb), None)
     if more: out.append(f"{more} cards under FSDP2")
-    if not t["offload"] and total(offload=True) <= card_gb: out.append(f"TRL's activation_offloading, for which the stage has no parameter yet ({total(offload=True):.1f} GB)")
+    if not t["offload"] and t["stage"][:2] in ("08", "09") and total(offload=True) <= card_gb: out.append(f"accelerate: a file (activations then wait in host memory, {total(offload=True):.1f} GB)")
     if not t["rank"] and total(rank=16) <= card_gb: out.append("rank: 16 (adapters instead of all weights)")
     return "; or ".join(out) or "no single change of length, cards or rank is enough"
 
@@ -293,10 +293,11 @@ def cautions(n: int, ts: list[dict], acc: dict | None) -> list[str]:
     "What does not refuse a profile and should be known."
     out = []
     if acc and any(t["nproc"] > 1 for t in ts):
-        out.append("core.launch starts torchrun on one machine and reads no accelerate file: with FSDP, start the trainings by the line shown.")
+        bare = [t["stage"] for t in ts if t["nproc"] > 1 and not t["accelerate"]]
+        if bare: out.append(f"{', '.join(bare)}: accelerate is empty, so torchrun starts {'them' if len(bare) > 1 else 'it'} and nothing is sharded; name the accelerate file there.")
         worst = max((t for t in ts if t["nproc"] > 1), key=lambda t: t["reference"])
         host = worst["nproc"]*n*(8 if worst["reference"] and not worst["rank"] else 6)/1e9
-        if host > .5*HOST_GB: out.append(f"{worst['stage']}: {worst['nproc']} ranks of a node each load whole models before they are sharded: up to {host:,.0f} GB of host memory (a DGX H100 has {HOST_GB:,}).")
+        if host > .5*HOST_GB: out.append(f"{worst['stage']}: {worst['nproc']} ranks of a node each make whole models before they are sharded: up to {host:,.0f} GB of host memory (a DGX H100 has {HOST_GB:,}), unless fsdp_cpu_ram_efficient_loading leaves all but one empty, which has not been measured.")
     return out
 
 # %% ../nbs/91_doctor.ipynb #b87a9130

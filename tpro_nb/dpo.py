@@ -9,7 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 import numpy as np
 import torch
-from .base_model import fit, last_checkpoint, load_model, lora, new_rows, on_cpu, save_folder, set_specials, trainer_args, work_key
+from .base_model import fit, last_checkpoint, load_model, lora, new_rows, set_attention, save_folder, set_specials, trainer_args, whole, work_key
 from .core import UserError, ratio_ci, read_jsonl, seed_everything, write_jsonl
 from .midtraining import prompt_ids
 from .reward_model import check_pairs, load_reward_model, sample, score
@@ -84,26 +84,28 @@ def dpo_args(work, *, steps: int = -1, epochs: float, batch: int, accumulate: in
 
 # %% ../nbs/09_dpo.ipynb #7393171e
 def train(model_dir: str, pairs_path: str, out: str, work: str, epochs: float, batch: int, accumulate: int, max_length: int, lr: float, warmup: float, beta: float,
-          beta1: float, beta2: float, eps: float, weight_decay: float, clip: float, rank: int, dev_share: float, eval_every: int, patience: int, seed: int = 0, report_to: str = "none") -> dict:
+          beta2: float, eps: float, weight_decay: float, clip: float, rank: int, dev_share: float, eval_every: int, patience: int, seed: int = 0, report_to: str = "none",
+          activation_offloading: bool = False) -> dict:
     "DPO on fixed pairs; saves the merged model of the best checkpoint to `out`."
     from transformers import EarlyStoppingCallback
-    config = [epochs, batch, accumulate, max_length, lr, warmup, beta, beta1, beta2, eps, weight_decay, clip, rank, dev_share, eval_every, patience, seed]
+    config = [epochs, batch, accumulate, max_length, lr, warmup, beta, beta2, eps, weight_decay, clip, rank, dev_share, eval_every, patience, seed]
     work = Path(work)/f"fit-{work_key(config, Path(model_dir), Path(pairs_path))}"
     seed_everything(seed); torch.manual_seed(seed)
     pairs = check_pairs(read_jsonl(pairs_path), Path(pairs_path).name)
     random.Random(seed).shuffle(pairs)
     held = min(len(pairs) - 1, round(dev_share*len(pairs)))
+    args = dpo_args(work, epochs=epochs, batch=batch, accumulate=accumulate, lr=lr, warmup=warmup, beta=beta, betas=(0.9, beta2), eps=eps, weight_decay=weight_decay,
+                    clip=clip, max_length=max_length, eval_every=eval_every, seed=seed, report_to=report_to, early=held > 0, activation_offloading=activation_offloading)
     model, tok = load_model(model_dir, torch.bfloat16 if rank else torch.float32)
-    args = dpo_args(work, epochs=epochs, batch=batch, accumulate=accumulate, lr=lr, warmup=warmup, beta=beta, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay,
-                    clip=clip, max_length=max_length, eval_every=eval_every, seed=seed, report_to=report_to, early=held > 0)
     reference = None if rank else load_model(model_dir, torch.float32)[0]     # the same arithmetic as the policy, so that the first loss is ln 2
-    trainer = dpo_trainer()(model=on_cpu(model), ref_model=reference, args=args, train_dataset=dataset(tok, pairs[held:], max_length), processing_class=tok,
+    trainer = dpo_trainer()(model=set_attention(model), ref_model=reference, args=args, train_dataset=dataset(tok, pairs[held:], max_length), processing_class=tok,
                             eval_dataset=dataset(tok, pairs[:held], max_length) if held else None, peft_config=lora(model, (), rank) if rank else None,
                             callbacks=[EarlyStoppingCallback(patience)] if held and patience else None)
     resumed, begin = last_checkpoint(work), time.perf_counter()
     log = fit(trainer, work)
-    if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model).float()
+    model = whole(trainer, lambda: load_model(model_dir, torch.float32)[0])
+    if model is not None:
+        model = model.float()
         model = (model.merge_and_unload() if hasattr(model, "merge_and_unload") else model).to(torch.bfloat16)
         set_specials(model, tok); save_folder(model, tok, out, new_rows(model_dir))
     best = trainer.state.best_model_checkpoint

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 import torch
 from transformers import AutoTokenizer
-from .base_model import device, fit, last_checkpoint, load_model, merge_and_save, new_rows, sft_trainer, text_bits, trainable, trainer_args, work_key
+from .base_model import device, fit, last_checkpoint, load_model, merge_and_save, new_rows, sft_trainer, text_bits, trainable, trainer_args, whole, work_key
 from .core import CHAT_TEMPLATE, UserError, read_jsonl, seed_everything
 
 # %% ../nbs/06_midtraining.ipynb #24f3e1ce
@@ -37,23 +37,24 @@ def dataset(tok, rows: list[dict], context: int):
 
 # %% ../nbs/06_midtraining.ipynb #27e32714
 def train(model_dir: str, rows_path: str, out: str, work: str, steps: int, batch: int, accumulate: int, context: int, lr: float, lr_min: float, warmup: int,
-          beta1: float, beta2: float, eps: float, weight_decay: float, clip: float, rank: int, save_every: int, seed: int = 0, report_to: str = "none") -> dict:
+          beta2: float, eps: float, weight_decay: float, clip: float, rank: int, save_every: int, seed: int = 0, report_to: str = "none") -> dict:
     "Midtrain `model_dir` on packed conversations and save a whole model folder to `out`."
     from trl import SFTConfig
     seed_everything(seed); torch.manual_seed(seed)
     config = {k: v for k, v in locals().items() if k not in ("out", "work", "model_dir", "rows_path", "SFTConfig")}
     work = Path(work)/f"fit-{work_key(config, Path(model_dir), Path(rows_path))}"
+    args = trainer_args(SFTConfig, work, steps=steps, batch=batch, accumulate=accumulate, lr=lr, warmup=warmup, schedule="cosine_with_min_lr",
+                        schedule_kwargs=dict(min_lr=lr_min), betas=(0.9, beta2), eps=eps, weight_decay=weight_decay, clip=clip, save_every=save_every, seed=seed,
+                        report_to=report_to, log_every=1 if steps < 50 else 5, packing=True, packing_strategy="bfd", max_length=context, include_num_input_tokens_seen="all")
     model, tok = load_model(model_dir, torch.bfloat16)
     rows = read_jsonl(rows_path)
     random.Random(seed).shuffle(rows)
     data, left_out = dataset(tok, rows, context)
-    args = trainer_args(SFTConfig, work, steps=steps, batch=batch, accumulate=accumulate, lr=lr, warmup=warmup, schedule="cosine_with_min_lr",
-                        schedule_kwargs=dict(min_lr=lr_min), betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, clip=clip, save_every=save_every, seed=seed,
-                        report_to=report_to, log_every=1 if steps < 50 else 5, packing=True, packing_strategy="bfd", max_length=context, include_num_input_tokens_seen="all")
     trainer = sft_trainer()(model=trainable(model, new_rows(model_dir), rank), args=args, train_dataset=data, processing_class=tok)
     resumed = last_checkpoint(work)
     log = fit(trainer, work)
-    changed = merge_and_save(trainer.accelerator.unwrap_model(trainer.model), tok, out, model_dir) if trainer.is_world_process_zero() else None
+    model = whole(trainer, lambda: load_model(model_dir, torch.bfloat16)[0])
+    changed = merge_and_save(model, tok, out, model_dir) if model is not None else None
     packs = trainer.train_dataset
     return dict(log=log, changed_pct=None if changed != changed else changed, left_out_pct=100*left_out, packs=len(packs),
                 fill_pct=100*sum(map(len, packs["input_ids"]))/(len(packs)*context), resumed=bool(resumed), tokens=trainer.state.num_input_tokens_seen)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification
-from .base_model import fit, last_checkpoint, load_model, save_folder, set_specials, trainable, trainer_args, work_key
+from .base_model import fit, last_checkpoint, load_model, save_folder, set_specials, trainable, trainer_args, whole, work_key
 from .core import UserError, ratio_ci, read_jsonl, seed_everything, write_json, write_jsonl
 from .midtraining import prompt_ids
 from .tmath import grade_many
@@ -84,7 +84,7 @@ def llm_judge(url: str, model: str, prompt: str, texts: list[str], template: str
             with urllib.request.urlopen(urllib.request.Request(url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), head), timeout=timeout_s) as r:
                 said = json.load(r)["choices"][0]["message"]["content"]
         except (OSError, ValueError, KeyError, IndexError) as e:
-            raise UserError(f"judge_url {url}: no answer ({e}). Start the judge's server, mend judge_url, or set judge: verifier.") from e
+            raise UserError(f"judge_url {url}: no answer ({e}). Start the judge's server, mend judge_url, or leave it empty: then the verifier judges.") from e
         last = re.findall(r"\[\[([ABC])\]\]", said or "")
         return {"A": 1, "B": -1}.get(last[-1] if last else "C", 0)
     return ask
@@ -176,7 +176,7 @@ def score(model, tok, prompts: list, completions: list[str], batch_tokens: int =
 # %% ../nbs/08_reward_model.ipynb #214c7423
 def train(model_dir: str, pairs_path: str, out: str, work: str, steps: int, batch: int, accumulate: int, max_length: int, lr: float, warmup: int,
           weight_decay: float, clip: float, center: float, rank: int, save_every: int, seed: int = 0, report_to: str = "none",
-          rows_path: str = "", rewards_out: str = "") -> dict:
+          activation_offloading: bool = False, rows_path: str = "", rewards_out: str = "") -> dict:
     "Bradley–Terry training with TRL's RewardTrainer; saves a merged sequence classifier to `out`, and scores the answers in `rows_path`."
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
@@ -184,18 +184,19 @@ def train(model_dir: str, pairs_path: str, out: str, work: str, steps: int, batc
     work = Path(work)/f"fit-{work_key(config, Path(model_dir), Path(pairs_path))}"
     seed_everything(seed); torch.manual_seed(seed)
     pairs = check_pairs(read_jsonl(pairs_path), Path(pairs_path).name)
+    args = trainer_args(RewardConfig, work, steps=steps, batch=batch, accumulate=accumulate, lr=lr, warmup=warmup, weight_decay=weight_decay, clip=clip, save_every=save_every,
+                        seed=seed, report_to=report_to, log_every=1 if steps < 50 else 5, max_length=max_length, center_rewards_coefficient=center or None, activation_offloading=activation_offloading)
     model, tok = load_model(model_dir, torch.bfloat16, cls=AutoModelForSequenceClassification, num_labels=1)
     model.score.float(); torch.nn.init.zeros_(model.score.weight)
     rows = [dict(chosen_ids=reward_ids(tok, p["prompt"], p["chosen"]), rejected_ids=reward_ids(tok, p["prompt"], p["rejected"])) for p in pairs]
     fits = [r for r in rows if max(map(len, r.values())) <= max_length]
     if not fits: raise UserError(f"no pair fits into {max_length} tokens: raise max_length")
-    args = trainer_args(RewardConfig, work, steps=steps, batch=batch, accumulate=accumulate, lr=lr, warmup=warmup, weight_decay=weight_decay, clip=clip, save_every=save_every,
-                        seed=seed, report_to=report_to, log_every=1 if steps < 50 else 5, max_length=max_length, center_rewards_coefficient=center or None)
     trainer = RewardTrainer(model=trainable(model, (), rank, task="SEQ_CLS"), args=args, train_dataset=Dataset.from_list(fits), processing_class=tok)
     resumed, begin = last_checkpoint(work), time.perf_counter()
     log = fit(trainer, work)
-    if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model).float()
+    model = whole(trainer, lambda: load_model(model_dir, torch.bfloat16, cls=AutoModelForSequenceClassification, num_labels=1)[0])
+    if model is not None:
+        model = model.float()
         model = (model.merge_and_unload() if hasattr(model, "merge_and_unload") else model).to(torch.bfloat16)
         set_specials(model, tok); save_folder(model, tok, out)
     seconds = time.perf_counter() - begin

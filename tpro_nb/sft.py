@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig
-from .base_model import device, fit, last_checkpoint, load_model, merge_and_save, new_rows, sft_trainer, trainable, trainer_args, work_key
+from .base_model import device, fit, last_checkpoint, load_model, merge_and_save, new_rows, sft_trainer, trainable, trainer_args, whole, work_key
 from .core import CHAT_TEMPLATE, UserError, read_jsonl, seed_everything
 from .midtraining import prompt_ids, turn_ids
 
@@ -74,21 +74,22 @@ def dataset(tok, rows: list[dict], context: int, seed: int = 0):
 
 # %% ../nbs/07_sft.ipynb #eee1271a
 def train(model_dir: str, rows_path: str, out: str, work: str, epochs: float, steps: int, batch: int, accumulate: int, context: int, packing: bool, lr: float, warmup: float,
-          beta1: float, beta2: float, eps: float, weight_decay: float, clip: float, rank: int, save_every: int, seed: int = 0, report_to: str = "none") -> dict:
+          beta2: float, eps: float, weight_decay: float, clip: float, rank: int, save_every: int, seed: int = 0, report_to: str = "none") -> dict:
     "Fine-tune `model_dir` on both modes, loss on answers only; a whole model folder goes to `out`."
     from trl import SFTConfig
     seed_everything(seed); torch.manual_seed(seed)
     config = {k: v for k, v in locals().items() if k not in ("out", "work", "model_dir", "rows_path", "SFTConfig")}
     work = Path(work)/f"fit-{work_key(config, Path(model_dir), Path(rows_path))}"
-    model, tok = load_model(model_dir, torch.bfloat16)
-    data, cut = dataset(tok, read_jsonl(rows_path), context, seed)
-    args = trainer_args(SFTConfig, work, steps=steps or -1, epochs=epochs, batch=batch, accumulate=accumulate, lr=lr, warmup=warmup, betas=(beta1, beta2), eps=eps,
+    args = trainer_args(SFTConfig, work, steps=steps or -1, epochs=epochs, batch=batch, accumulate=accumulate, lr=lr, warmup=warmup, betas=(0.9, beta2), eps=eps,
                         weight_decay=weight_decay, clip=clip, save_every=save_every, seed=seed, report_to=report_to, log_every=1 if 0 < steps < 50 else 5,
                         packing=packing, packing_strategy="bfd", padding_free=True, pad_to_multiple_of=64, max_length=context if packing else None)   # rows are cut already
+    model, tok = load_model(model_dir, torch.bfloat16)
+    data, cut = dataset(tok, read_jsonl(rows_path), context, seed)
     trainer = sft_trainer()(model=trainable(model, new_rows(model_dir), rank), args=args, train_dataset=data, processing_class=tok)
     resumed = last_checkpoint(work)
     log = fit(trainer, work)
-    changed = merge_and_save(trainer.accelerator.unwrap_model(trainer.model), tok, out, model_dir) if trainer.is_world_process_zero() else None
+    model = whole(trainer, lambda: load_model(model_dir, torch.bfloat16)[0])
+    changed = merge_and_save(model, tok, out, model_dir) if model is not None else None
     return dict(log=log, rows=len(data), cut_pct=cut, changed_pct=None if changed != changed else changed, resumed=bool(resumed), steps=trainer.state.global_step)
 
 # %% ../nbs/07_sft.ipynb #9295544a
