@@ -287,7 +287,7 @@ static const tile_fn tile[5][7] = {{0}, NAMES(1), NAMES(2), {0}, NAMES(4)};
 static void product(const W *x, const W *w, float *y, int q, int n, int k, int add, int t, int T){   /* thread t of T: its share of the n outputs, in pairs of blocks */
   int nb = n/16, half = (nb + 1)/2, lo = (long)half*t/T*2, hi = (long)half*(t + 1)/T*2, P = (q + 5)/6; if(hi > nb) hi = nb;
   for(int b = lo, B; b < hi; b += B){ B = hi - b >= 4 ? 4 : hi - b >= 2 ? 2 : 1;
-    for(int p = 0; p < P; p++){ int r = q*p/P, m = q*(p + 1)/P - r, ahead = q > 3;
+    for(int p = 0; p < P; p++){ int r = q*p/P, m = q*(p + 1)/P - r, ahead = q > 4;
       tile[B][m](x + (size_t)r*k, w + (size_t)b*k*16, y + (size_t)r*n + b*16, n, k, add, ahead*(B*p + P - 1)/P, ahead*(B*(p + 1) + P - 1)/P); } } }
 """
 

@@ -3,14 +3,16 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'TOPICS', 'PASSAGE', 'DraftKV', 'RMSNorm', 'rotate', 'DraftAttention', 'DraftMLP', 'DraftLayer',
            'draft_config', 'EagleDraft', 'draft_shapes', 'check_draft', 'random_draft', 'fill', 'general_prompts',
-           'chain_prompts', 'BatchTarget', 'render', 'stop_ids', 'generate_batch', 'estimate', 'make_data',
-           'save_shard', 'shard_info', 'load_data', 'reference_counts', 'hot_tokens', 'collate', 'rollout_mask',
-           'draft_loss', 'losses', 'rate', 'update', 'target_matrices', 'heldout', 'Fit', 'usable', 'train', 'key_of',
-           'fingerprint', 'cached', 'coverage', 'own_counts', 'build_draft', 'grid', 'plot_training', 'draft_metrics']
+           'chain_prompts', 'BatchTarget', 'render', 'stop_ids', 'generate_batch', 'estimate', 'plan_answers',
+           'shard_path', 'write_shards', 'make_data', 'save_shard', 'shard_info', 'load_data', 'reference_counts',
+           'hot_tokens', 'collate', 'rollout_mask', 'draft_loss', 'losses', 'rate', 'update', 'target_matrices',
+           'heldout', 'Fit', 'usable', 'train', 'key_of', 'fingerprint', 'cached', 'coverage', 'own_counts',
+           'build_draft', 'grid', 'plot_training', 'draft_metrics']
 
 # %% ../nbs/11_eagle_draft.ipynb #9c4af070
 import argparse, json, math, os, random, shutil, textwrap, time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 import torch
@@ -181,14 +183,15 @@ def random_draft(folder, model_dir, hot: list[int] | None = None, seed: int = 0)
 
 # %% ../nbs/11_eagle_draft.ipynb #f7547a0f
 TEMPLATES = {
- "writing": ["Write a short story about {t}.", "Write the opening paragraph of a novel about {t}.", "Write a friendly letter about {t}.", "Write a diary entry about {t}."],
- "science": ["Explain {t} to a ten-year-old.", "What is known about {t}? Give the main facts.", "Describe {t} step by step.", "Why is {t} important?"],
- "howto": ["How do I {t}? Give clear steps.", "List the tools I need to {t}, and say why.", "What mistakes do beginners make when they {t}?", "Make a one-week plan to learn to {t}."],
- "code": ["Write a Python function that {t}.", "Write a Python function that {t}, with a docstring and an example call.", "Write Python code with tests: a function that {t}.", "Show in Python how one writes a program that {t}, and explain it."],
+ "writing": ["Write a short story about {t}.", "Write the opening paragraph of a novel about {t}.", "Write a friendly letter about {t}.", "Write a diary entry about {t}.", "Continue this story for two paragraphs: it began with {t}.", "Write a scene with dialogue in which two people talk about {t}."],
+ "science": ["Explain {t} to a ten-year-old.", "What is known about {t}? Give the main facts.", "Describe {t} step by step.", "Why is {t} important?", "Write three exam questions about {t}, with answers.", "Compare {t} with something from everyday life."],
+ "howto": ["How do I {t}? Give clear steps.", "List the tools I need to {t}, and say why.", "What mistakes do beginners make when they {t}?", "Make a one-week plan to learn to {t}.", "What is the cheapest way to {t}, and what does it take?", "Explain to a child how to {t}."],
+ "code": ["Write a Python function that {t}.", "Write a Python function that {t}, with a docstring and an example call.", "Write Python code with tests: a function that {t}.", "Show in Python how one writes a program that {t}, and explain it.", "Write a Python class with a method that {t}.", "Write a JavaScript function that {t}."],
  "maths": ["{name} buys {a} {t} for {b} dollars each and pays with {c} dollars. How much change is due? Show the steps.", "A box holds {a} {t}. How many {t} are in {b} boxes if {a2} are lost on the way?",
-           "{name} has {a} {t} and gives {a2} to a friend, then finds {b} more. How many {t} are there now? Explain.", "{a} {t} are shared equally among {b} children. How many does each get, and how many are left?"],
- "rewrite": ["Summarise in one sentence: {t}", "Rewrite as a polite email: {t}", "Turn this into a list of three points: {t}", "Rewrite in simpler words and add a title: {t}"],
- "everyday": ["What should I know about {t}?", "Give me five tips about {t}.", "What are the good and the bad sides of {t}?", "My friend asks me about {t}. What can I answer?"]}
+           "{name} has {a} {t} and gives {a2} to a friend, then finds {b} more. How many {t} are there now? Explain.", "{a} {t} are shared equally among {b} children. How many does each get, and how many are left?",
+           "A shop sells {t} in packs of {b}. {name} needs {a}. How many packs are bought, and how many {t} are left over?", "{name} collects {b} {t} a day for {a2} days and loses {k} of them. How many remain? Write the equation first."],
+ "rewrite": ["Summarise in one sentence: {t}", "Rewrite as a polite email: {t}", "Turn this into a list of three points: {t}", "Rewrite in simpler words and add a title: {t}", "Write a short news report from this: {t}", "What questions does this text leave open? {t}"],
+ "everyday": ["What should I know about {t}?", "Give me five tips about {t}.", "What are the good and the bad sides of {t}?", "My friend asks me about {t}. What can I answer?", "Write a short advice column about {t}.", "What do people often get wrong about {t}?"]}
 
 # %% ../nbs/11_eagle_draft.ipynb #5e295609
 TOPICS = {k: v.split("|") for k, v in {
@@ -317,8 +320,8 @@ def generate_batch(model, prompts: list[list[int]], temps: list[float], stop: se
     temp, last, stops = torch.tensor(temps, device=dev)[:, None], feats[0][:, -1], torch.tensor(sorted(stop), device=dev)
     for n in range(max_new):
         logits = (last @ bt.head.T).float()
-        if temp.any(): logits = logits - temp*torch.empty_like(logits).exponential_(generator=g).clamp_min(1e-20).log()
-        new = logits.argmax(-1)
+        new, warm = logits.argmax(-1), temp[:, 0] > 0
+        if warm.any(): new[warm] = torch.multinomial((logits[warm]/temp[warm]).softmax(-1), 1, generator=g)[:, 0]
         for r, t in zip(alive, new.tolist()):
             if r not in done:
                 rows[r]["ids"].append(t)
@@ -346,53 +349,68 @@ def estimate(config,             # the target's config
     return dict(planned_tokens=new_tokens, disk_mb=round(kept), generate_mb=round(weights + cache), train_mb=round(2*kept + 600))
 
 # %% ../nbs/11_eagle_draft.ipynb #19125453
-def make_data(target: str, rows: list[dict], work: str, max_new: int, batch: int, temperatures: list[float], token_budget: int,
-              budget_mb: int, seed: int) -> dict:
-    "Generate shards of the target's own text with features; continues where a killed run stopped."
+def plan_answers(rows: int, temperatures: list[float], most: int, batch: int) -> list[list[tuple[int, float]]]:
+    "Shards of (prompt, temperature): every prompt once, then again at its next temperature, until `most` answers are planned."
+    jobs = [(i, temperatures[(i + again) % len(temperatures)]) for again in range(len(temperatures)) for i in range(rows)][:max(1, most)]
+    return [jobs[s:s + batch] for s in range(0, len(jobs), batch)]
+
+def shard_path(work, n: int) -> Path: return Path(work)/f"shard_{n:04}.safetensors"
+
+def write_shards(target: str, rows: list[dict], plan: list, todo: list[int], work: str, max_new: int, seed: int, shown: bool = True) -> dict:
+    "Let the target write the shards numbered in `todo`, features kept."
     from tqdm.auto import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    work, began = Path(work), time.monotonic()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     tok = AutoTokenizer.from_pretrained(target)
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).eval().to(device)
-    ids = [render(tok, r["prompt"], r["mode"]) for r in rows]
-    cost = estimate(model.config, sum(map(len, ids)), min(token_budget, len(ids)*max_new), batch, max(map(len, ids)) + max_new)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    with tqdm(total=sum(len(plan[n]) for n in todo)*max_new, unit="tok", desc=f"target writes ({Path(work).name})", mininterval=1, disable=not shown) as bar:
+        for n in todo:
+            t, (which, temps) = time.monotonic(), zip(*plan[n])
+            made = generate_batch(model, [render(tok, rows[i]["prompt"], rows[i]["mode"]) for i in which], temps, stop_ids(model, tok), max_new, seed + n, tick=bar.update)
+            save_shard([r | dict(row=i) for r, i in zip(made, which)], shard_path(work, n), time.monotonic() - t)
+            bar.update(sum(max_new - len(r["ids"]) + r["start"] for r in made))      # answers that ended early
+    return {}
+
+# %% ../nbs/11_eagle_draft.ipynb #1536c594
+def make_data(target: str, rows: list[dict], work: str, max_new: int, batch: int, temperatures: list[float], token_budget: int,
+              budget_mb: int, seed: int) -> dict:
+    "Shards of the target's own text with features, written by one process a core (one in all on a GPU); continues where a killed run stopped."
+    from transformers import AutoConfig, AutoTokenizer
+    work, began, tok = Path(work), time.monotonic(), AutoTokenizer.from_pretrained(target)
+    plan = plan_answers(len(rows), temperatures, token_budget//max_new, batch)
+    size = [len(render(tok, r["prompt"], r["mode"])) for r in rows]
+    cost = estimate(AutoConfig.from_pretrained(target), sum(size[i] for shard in plan for i, _ in shard), sum(map(len, plan))*max_new, batch, max(size) + max_new)
     print("draft data:", cost, flush=True)
     if cost["disk_mb"] > budget_mb: raise UserError(f"features would take {cost['disk_mb']} MB, budget_mb is {budget_mb}. Lower token_budget or raise budget_mb.")
-    stop, total, spent, s, n, plan = stop_ids(model, tok), 0, 0.0, 0, 0, cost["planned_tokens"]
-    with tqdm(total=plan, unit="tok", desc=f"target writes ({work.name})", mininterval=1) as bar:
-        while s < len(ids) and total + max_new <= token_budget:
-            part = ids[s:s + min(batch, (token_budget - total)//max_new)]
-            path, t = work/f"shard_{n:04}.safetensors", time.monotonic()
-            if not path.exists():
-                temps = [temperatures[(s + i) % len(temperatures)] for i in range(len(part))]
-                save_shard(generate_batch(model, part, temps, stop, max_new, seed + n, tick=bar.update), path, s, time.monotonic() - t)
-            s, n, info = s + len(part), n + 1, shard_info(path)
-            total, spent = total + info["new"], spent + info["seconds"]
-            bar.update(total - bar.n)
-        bar.total = total
-    return dict(new_tokens=total, seconds=round(spent, 1), wall_s=round(time.monotonic() - began, 1), prompts=s, **cost)
+    todo = [n for n in range(len(plan)) if not shard_path(work, n).exists()]
+    writers = 1 if torch.cuda.is_available() else max(1, min(torch.get_num_threads(), cost["planned_tokens"]//4000, len(todo)))
+    jobs = [dict(target=target, rows=rows, plan=plan, todo=todo[w::writers], work=str(work), max_new=max_new, seed=seed, shown=w == 0) for w in range(writers)]
+    if writers == 1 and todo: write_shards(**jobs[0])
+    elif todo:
+        with ThreadPoolExecutor(writers) as pool: list(pool.map(lambda w: launch("tpro_nb.eagle_draft:write_shards", jobs[w], work/f"writer{w}", threads=1), range(writers)))
+    made = [shard_info(shard_path(work, n)) for n in range(len(plan))]
+    return dict(new_tokens=sum(m["new"] for m in made), seconds=round(sum(m["seconds"] for m in made)/writers, 1), wall_s=round(time.monotonic() - began, 1),
+                answers=sum(map(len, plan)), **cost)
 
 # %% ../nbs/11_eagle_draft.ipynb #eae40723
-def save_shard(rows: list[dict], path: Path, first: int, seconds: float):
+def save_shard(rows: list[dict], path: Path, seconds: float):
     "One safetensors file: tokens and features of all rows end to end, with lengths and where each answer starts."
     t = dict(ids=torch.tensor([i for r in rows for i in r["ids"]], dtype=torch.int32), feats=torch.cat([r["feats"].cpu() for r in rows]).contiguous(),
-             length=torch.tensor([len(r["ids"]) for r in rows]), start=torch.tensor([r["start"] for r in rows]))
+             length=torch.tensor([len(r["ids"]) for r in rows]), start=torch.tensor([r["start"] for r in rows]), row=torch.tensor([r["row"] for r in rows]))
     new = int((t["length"] - t["start"]).sum())
     part = path.with_name(f".{path.name}.part")
-    save_file(t, part, metadata=dict(first=str(first), new=str(new), seconds=f"{seconds:.2f}"))
+    save_file(t, part, metadata=dict(new=str(new), seconds=f"{seconds:.2f}"))
     os.replace(part, path)
 
 def shard_info(path) -> dict:
     with safe_open(path, "pt") as f: return {k: float(v) if k == "seconds" else int(v) for k, v in f.metadata().items()}
 
 def load_data(work) -> list[dict]:
-    "Rows {row, ids, feats, start} of all shards in a folder."
+    "Rows {row (of the prompts), ids, feats, start} of all shards in a folder."
     out = []
     for path in sorted(Path(work).glob("shard_*.safetensors")):
         t, at, fa = load_file(path), 0, 0
-        for n, (L, start) in enumerate(zip(t["length"].tolist(), t["start"].tolist())):
-            out.append(dict(row=shard_info(path)["first"] + n, ids=t["ids"][at:at + L].long(), feats=t["feats"][fa:fa + L - 1], start=start))
+        for L, start, row in zip(t["length"].tolist(), t["start"].tolist(), t["row"].tolist()):
+            out.append(dict(row=row, ids=t["ids"][at:at + L].long(), feats=t["feats"][fa:fa + L - 1], start=start))
             at, fa = at + L, fa + L - 1
     return out
 
