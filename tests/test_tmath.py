@@ -13,7 +13,7 @@ def game(p):
     return p["family"], tuple(re.findall(r"[a-j] \d+|\d:\d|\d", p["question"]))
 
 def test_table_of_russian_answers():
-    assert len(CASES) >= 450 and {c["verdict"] for c in CASES} == {"correct", "wrong", "unparsed", "truncated"}
+    assert len(CASES) >= 550 and {c["verdict"] for c in CASES} == {"correct", "wrong", "unparsed", "truncated"}
     got = tmath.grade_many([(c["response"].replace("\\n", "\n"), c["answer"]) for c in CASES])
     bad = [(c["response"], c["answer"], c["verdict"], g) for c, g in zip(CASES, got) if g != c["verdict"]]
     assert not [b for b in bad if b[3] == "correct"], "false positives weigh most"

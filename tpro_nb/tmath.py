@@ -191,6 +191,8 @@ MARK = re.compile(r"(?i)(?<![а-яёa-z])ответ(?:ом)?\**\s*[:—–]\**\s
 _NOT_MINE = re.compile(r"(?i)(?:не|ошибочн|ложн)[а-яё]*\s+$")                # «неверный ответ: 5»
 _TAKEN_BACK = re.compile(r"(?:^|[.!?…\n]\s*)(?:Нет|Хотя|Стоп|Подожд\w*|Точнее|Вернее|Ой|Wait)\b|(?i:неверн\w+|неправильн\w+|ошиб(?:ся|лась|аюсь)|я ошиб\w+)")
 _BOX_BEFORE = re.compile(r"(?:[-−+*/^_\d]|\\cdot ?|\\times ?|\\[a-z]+\s*\{|[\^_}]\s*\{|−\s+)\$?$")       # the box is part of something larger
+_BOX_HEDGED = re.compile(r"(?:[<>≤≥≠≈~]|\\(?:neq?|[gl]eq?(?:slant)?|[gl]t|approx|sim|notin|not)(?![a-z])|[√∛±]|\\(?:pm|mp)|(?<![a-zа-яё])\\?(?:arc)?(?:sin|cos|tg|ctg|tan|cot|lg|ln|log)(?:_\S+)?|\d\$?\s*(?:;|и|или|либо)|\d\$?\s*(?:[;,]|и|или|либо)\s*\$?[a-z]_\{?\d\}?\s*=|(?<![а-яё])[Нн]е(?:\s+(?:мо[жг][а-яё]+|быть|рав[а-яё]+|явля[а-яё]+|больше|меньше|прев[а-яё]+|подход[а-яё]+|год[а-яё]+|верн[а-яё]+)){1,2}|(?<![а-яё])(?i:не|около|примерно|приблизительно|почти|до|от|больше|меньше|более|менее|минимум|максимум)(?:\s+чем)?)[\s$*:]*$")      # «не \boxed{5}», «x > \boxed{5}»
+_BOX_GOES_ON = re.compile(r"\$?(?:[(a-zA-Z]|[\s$*]*(?:(?:тыс|млн|млрд)(?![а-яё])|(?:тысяч|миллион|миллиард|десятк|сотен|сотн|дюжин)[а-яё]*|с (?:половиной|четверт|трет)|(?:и|или|либо)\s+[\d\\$√π−-]|если|кроме|промилле|‰|и (?:более|больше|менее|меньше)|при [^.\n]*[<>≤≥≠]|\\(?:pi|sqrt|frac|neq?|[gl]eq?|lt|gt)(?![a-z])|[<>≤≥≠≈√π=]|[,;:]\s*[\d\\−-]))")      # «\boxed{5} тысяч», «\boxed{5} или 6»
 _BOX_AFTER = re.compile(r"\$?[ ]*(?:[\^_!]|(?:[+*/]|\\cdot|\\times)\s*[\w\\]|\d)|[-−][\w\\(]")
 
 # %% ../nbs/04_tmath.ipynb #7ac2367d
@@ -205,8 +207,9 @@ def final_answer(text: str) -> str | None:
     last, rest = found[-1][1], text[found[-1][0]:]
     rest = rest[len(re.match(r"\\boxed\s*\{", rest)[0]) + len(last) + 1:]
     if len(inner := boxes(last) or []) > 1 or inner and "\\boxed" in clean(last): return None
-    if _BOX_BEFORE.search(text[:found[-1][0]]) or _BOX_AFTER.match(rest) or _TAKEN_BACK.search(rest.lstrip(" .$")): return None
-    if re.match(r"\$?\s*\\?%", rest): last += "%"
+    if (head := text[:found[-1][0]]) and (_BOX_BEFORE.search(head) or _BOX_HEDGED.search(head)) or _BOX_AFTER.match(rest) or _BOX_GOES_ON.match(rest) or _TAKEN_BACK.search(rest.lstrip(" .$")): return None
+    if re.match(r"\$?\s*\\?%|\$?\s*процент", rest): last += "%"
+    elif (unit := re.match(r"(?:[ ~$]|\\[,;: ])*(?:\\(?:text|mathrm)\s*\{)?\s*([а-яё°₽/]+\.?)\s*\}?(\^\{?[23]\}?|[²³])?", rest)) and (q := quantity(clean(name := f"{last} {unit[1]}{re.sub('[{}]', '', unit[2] or '')}"))) and q[1] and not q[1].startswith("noun"): last = name      # «\boxed{5} см»
     line = text.rfind("\n", 0, found[-1][0])
     if any(number(x) is not None for x in re.split(r"[;,=$ ]+", (MARK.sub(r"\1", text[line + 1:]).split("\\boxed")[0])) if x) and MARK.search(text[line + 1:]): return None
     if len({clean(s) for i, s in found if i > line}) > 1: return None          # two boxes in one line: which?
@@ -224,11 +227,11 @@ _LOOK = str.maketrans("АВЕКМНОРСТХавеорсухкпЗО", "ABEKMHO
 def clean(s: str) -> str:
     "An answer without LaTeX's dressing, with one kind of minus, space and infinity."
     while (found := boxes(s)) and len(found) == 1 and re.fullmatch(r"[\s$]*\\boxed\s*\{" + re.escape(found[0][1]) + r"\}[\s$]*", s): s = found[0][1]
-    s = s.strip().strip("$").strip()
+    s = s.strip().strip("$").strip(" \n*").rstrip(".").strip(" *")
     s = re.sub(r"^\\[(\[]|\\[)\]]$|\$", "", s)
     s = re.sub(r"^~ ?(?=[\d-])", "≈", s)                  # about five is not five; elsewhere ~ is LaTeX's space
     for a, b in _DRESS: s = re.sub(a, b, s)
-    s = re.sub(r"\s+", " ", s).strip().rstrip(".").strip(" *")
+    s = re.sub(r"\s+", " ", s).strip().rstrip(".").strip()
     return re.sub(r"^(?:ответ|answer)\s*:\s*", "", s, flags=re.I)
 
 # %% ../nbs/04_tmath.ipynb #1598aad2
@@ -238,6 +241,7 @@ _NUM = re.compile(rf"([+-]?) ?({_INT})(?:[.,](\d*)(?:\((\d+)\))?)?")
 def number(s: str) -> Fraction | None:
     "An exact value of an integer, decimal, period, fraction or mixed number; None for anything else."
     s = s.strip()
+    if re.search(r"\\frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)\s*[\d{]", s): return None           # \frac{1}{2}3 is no 1/23
     s = re.sub(r"\\frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", s).strip()
     s = re.sub(r"^([+-])\s+(?=\d+/)", r"\1", s)
     if m := _NUM.fullmatch(s):
@@ -344,7 +348,8 @@ def expression(s: str) -> str | None:
     s = re.sub(r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}", s)
     for a, b in _FUN: s = re.sub(a, b, s)
     if re.search(r"\\(?:sin|cos|tan|cot|ln|arc[a-z]+|log_\{[^{}]*\})\s*(?:\d|\w\b|\\pi)[\w\s]*/", s): return None       # tg π/4: of which?
-    s = re.sub(r"(\d),(\d)", r"\1.\2", s)
+    s = re.sub(r"\^-(\d+)(?![\d.,])", r"^{-\1}", re.sub(r"(\d),(\d)", r"\1.\2", s))
+    if re.search(r"\d_|\\frac\s*(?:\{[^{}]*\}|\d)\s*\d\d", s): return None       # 101_2: a number in another base; \frac123: half of three, and not read as such
     s = re.sub(r"(\\(?:sin|cos|tan|cot)) *(?:\{(\d+)\}|\((\d+)°\)|(\d+))°?(?<=[°)])", lambda m: rf"{m[1]}\frac{{{m[2] or m[3] or m[4]}\pi}}{{180}}", s)
     if re.fullmatch(r"[\d. ]+-[\d. ]+", s): return None                         # 5-10 is a range as often as a difference
     if len(s) > 120 or not s or re.search(r"[+-]\s*[+-]", s) or re.search(r"[^\w\s\\{}()+*/^.!-]|[а-яё]|\d\.\d*\(|\d\.\d+\.|\de\d|/\d+ ?(?:\\pi|[a-z])", re.sub(r"\\sqrt\[\d\]", r"\\sqrt", s), re.I): return None
@@ -355,7 +360,7 @@ def expression(s: str) -> str | None:
 # %% ../nbs/04_tmath.ipynb #d1c88a28
 def parse(text: str) -> tuple | None:
     "The typed form of an answer: ('num', value, unit, factor), ('set', …), ('span', …), ('union', …), ('none',), ('text', …), ('expr', …), ('family', …); None if unreadable."
-    if len(text) > 1000 or not (s := clean(text)) or len(s) > 300 or re.search(r"\.\.|…|\\[cl]?dots|\\boxed|\bR ?[\\{/]|\bR \\?setminus", text + " " + s): return None
+    if len(text) > 1000 or text.count("$") == 1 or not (s := clean(text)) or len(s) > 300 or re.search(r"\.\.|…|\\[cl]?dots|\\boxed|\bR ?[\\{/]|\bR \\?setminus", text + " " + s): return None
     low = s.lower().replace("ё", "е")
     if _NONE.fullmatch(low) and low not in ("решения", "решений", "корней"): return ("none",)
     mathy = s if re.search(r"[а-яё]{3}| и | или ", low) else re.sub(r"(?<=[\d\s(;=^_{-])[хХпПкК](?=[\s\d)=;<>≤≥_+-]|$)|^[хХ](?=\s*[_=<>≤≥∈\d])", lambda m: m[0].translate(_LOOK), s)
@@ -410,6 +415,7 @@ def _structure(mathy: str, s: str, low: str) -> tuple | None:
     if m := re.fullmatch(r"± ?(.+)", s):
         v = value(m[1])
         return ("set", frozenset([v, -v if isinstance(v, Fraction) else ("expr", f"-({v[1]})")])) if v is not None and "∞" not in str(v) else None
+    if ";" in mathy and re.search(r"\d, \d", mathy) and not re.search(r"[(\[{]", mathy): return None           # 1, 2; 3: two numbers or three?
     p = _split(mathy, r";| и | или |, ")
     if len(p) > 1: return _members([x for x in p if x]) if all(p) else None
     if re.search(r"[а-яё]{2}", low) and not re.search(r"[\\=]", s): return ("text", re.sub(r"[^\w\s-]", "", low).strip())
