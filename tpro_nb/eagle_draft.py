@@ -317,7 +317,7 @@ def generate_batch(model, prompts: list[list[int]], temps: list[float], stop: se
     feats = [bt.step(ids, valid)]
     rows, alive, done = [dict(ids=list(p), start=len(p)) for p in prompts], list(range(B)), set()
     kept = [[feats[0][r, L - len(p):].bfloat16()] for r, p in enumerate(prompts)]
-    temp, last, stops = torch.tensor(temps, device=dev)[:, None], feats[0][:, -1], torch.tensor(sorted(stop), device=dev)
+    temp, last = torch.tensor(temps, device=dev)[:, None], feats[0][:, -1]
     for n in range(max_new):
         logits = (last @ bt.head.T).float()
         new, warm = logits.argmax(-1), temp[:, 0] > 0
