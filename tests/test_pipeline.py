@@ -191,3 +191,9 @@ def test_a_models_card_names_every_licence_and_stays_the_same(chain):
     assert card.startswith("---\n") and yaml.safe_load(card.split("---")[1])["tags"] == ["tpro-nb", "03_use"]
     (folder/"stamp.json").unlink(); run(chain)
     assert (folder/"model/README.md").read_text() == card and set(states(chain).values()) == {"current"}
+
+def test_a_profile_with_another_seed(chain):
+    a, b = P.load_params(chain, "toy"), P.load_params(chain, "toy@7")
+    assert all(b[s] == a[s] | dict(seed=7, run_dir=f"{a[s]['run_dir']}@7") for s in a)
+    with pytest.raises(UserError, match="whole number"): P.load_params(chain, "toy@x")
+    with pytest.raises(UserError, match="one seed is no comparison"): P.seeds(chain, "toy")

@@ -5,9 +5,9 @@ __all__ = ['TYPES', 'SCRATCH', 'test', 'PUBLISHED', 'LIMIT_KB', 'FORWARDED', 'co
            'stage_names', 'check_params', 'load_params', 'digest', 'code_digest', 'without_comments', 'modules_used',
            'code_keys', 'why_differs', 'list_outputs', 'artefact_hash', 'Status', 'stage_status', 'status',
            'reference_status', 'run_lock', 'hms', 'export_all', 'execute', 'row_licences', 'model_card', 'write_cards',
-           'run_stage', 'git_version', 'choose', 'run', 'key_at_start', 'licences_above', 'publish', 'parser',
-           'checkout', 'cmd_run', 'cmd_status', 'cmd_publish', 'run_folder', 'cmd_report', 'cmd_plan', 'cmd_certify',
-           'cmd_doctor', 'forward', 'main']
+           'run_stage', 'git_version', 'choose', 'run', 'key_at_start', 'licences_above', 'publish', 'seeds', 'parser',
+           'checkout', 'cmd_run', 'cmd_status', 'cmd_publish', 'cmd_seeds', 'run_folder', 'cmd_report', 'cmd_plan',
+           'cmd_certify', 'cmd_doctor', 'forward', 'main']
 
 # %% ../nbs/90_pipeline.ipynb #e4d916a5
 import argparse, ast, difflib, hashlib, importlib, json, os, re, shutil, subprocess, sys, time
@@ -73,8 +73,10 @@ def _explain(err: dict, sig: dict, source: str) -> str:
 
 # %% ../nbs/90_pipeline.ipynb #10032043
 def load_params(root: Path, profile: str) -> dict[str, dict]:
-    "Checked parameters of every stage of a profile, in order. All errors of all files come in one message."
+    "Checked parameters of every stage of a profile, in order; `cpu@2` is cpu with seed 2 and a run folder of its own. All errors of all files come in one message."
+    profile, _, seed = profile.partition("@")
     folder = root/"params"/profile
+    if seed and not seed.isdigit(): raise UserError(f"profile {profile}@{seed}: after @ comes a seed, a whole number, as in {profile}@1")
     if not folder.is_dir():
         known = sorted(p.name for p in (root/"params").iterdir() if p.is_dir())
         near = difflib.get_close_matches(profile, known, 1)
@@ -88,6 +90,7 @@ def load_params(root: Path, profile: str) -> dict[str, dict]:
             except yaml.YAMLError as e: raise UserError(f"{where}: not valid YAML: {e}".replace("\n", " "))
             out[f.stem] = check_params(root/"nbs"/f"{f.stem}.ipynb", values, where)
             if not out[f.stem].get("run_dir"): raise UserError(f"{where}: `run_dir` is missing; write run_dir: outputs/{profile}")
+            if seed: out[f.stem] |= dict(seed=int(seed), run_dir=f"{out[f.stem]['run_dir']}@{seed}")
         except UserError as e: errors.append(str(e))
     if errors: raise UserError("\n".join(errors))
     if len({p["run_dir"] for p in out.values()}) > 1: raise UserError(f"params/{profile}: stages disagree about run_dir")
@@ -308,7 +311,7 @@ def git_version(root: Path) -> str | None:
     return p.stdout.strip() or None
 
 # %% ../nbs/90_pipeline.ipynb #543fd802
-def choose(stages: list[str], only: str | None, start: str | None) -> list[str]:
+def choose(stages: list[str], only: str | None, start: str | None, end: str | None = None) -> list[str]:
     "The stages asked for; a prefix such as `07` is enough."
     def find(x):
         hits = [s for s in stages if s == x or s.split("_")[0] == x or s.split("_", 1)[1] == x]
@@ -316,17 +319,17 @@ def choose(stages: list[str], only: str | None, start: str | None) -> list[str]:
         near = difflib.get_close_matches(x, stages, 1)
         raise UserError(f"unknown stage `{x}`" + (f"; did you mean `{near[0]}`?" if near else f". Stages: {', '.join(stages)}"))
     if only: return [find(only)]
-    return stages[stages.index(find(start)):] if start else stages
+    return stages[stages.index(find(start)) if start else 0:stages.index(find(end)) + 1 if end else None]
 
 test = ["06_midtraining", "07_sft", "08_reward_model"]
 
 # %% ../nbs/90_pipeline.ipynb #b17b8016
-def run(root: Path, profile: str, only: str | None = None, start: str | None = None, say=print) -> list[Status]:
+def run(root: Path, profile: str, only: str | None = None, start: str | None = None, end: str | None = None, say=print) -> list[Status]:
     "Bring a profile's run up to date. Returns the final status of all its stages."
     params = load_params(root, profile)
     export_all(root)
-    folder, wanted = root/next(iter(params.values()))["run_dir"], choose(list(params), only, start)
-    guess = {s.stage: s.stamp.get("seconds") for s in reference_status(root, profile)}
+    folder, wanted = root/next(iter(params.values()))["run_dir"], choose(list(params), only, start, end)
+    guess = {s.stage: s.stamp.get("seconds") for s in reference_status(root, profile.partition("@")[0])}
     with run_lock(folder):
         keys, done, n = code_keys(root, params), {}, len(params)
         for i, stage in enumerate(params, 1):
@@ -376,7 +379,7 @@ def publish(root: Path, profile: str, say=print) -> Path:
     src, dst = root/next(iter(load_params(root, profile).values()))["run_dir"], root/"outputs"/"reference"/profile
     shutil.rmtree(dst, ignore_errors=True)
     kb = 0
-    for f in sorted([*src.glob("[0-9]*/*"), *src.glob("*.html")]):
+    for f in sorted([*src.glob("[0-9]*/*"), *src.glob("*.html"), *src.glob("seeds.csv")]):
         size = f.stat().st_size/1024
         if not f.is_file() or f.suffix not in PUBLISHED | {".html"}: continue
         if size > LIMIT_KB and f.suffix != ".html": say(f"left out, {size:.0f} KB: {f.relative_to(src)}"); continue
@@ -385,13 +388,33 @@ def publish(root: Path, profile: str, say=print) -> Path:
     say(f"published {kb/1024:.1f} MB to {dst.relative_to(root)}")
     return dst
 
+# %% ../nbs/90_pipeline.ipynb #f21c1c3a
+def seeds(root: Path, profile: str) -> list[dict]:
+    "Every metric that has an interval, over the runs of a profile with different seeds: values, mean, 95 % t interval; written to seeds.csv in the run's folder."
+    from scipy.stats import ttest_1samp
+    first = root/next(iter(load_params(root, profile).values()))["run_dir"]
+    runs = [r for r in [first, *sorted(first.parent.glob(f"{first.name}@*"))] if r.is_dir()]
+    if len(runs) < 2: raise UserError(f"one seed is no comparison: tpro-nb run {profile}@1 --to 09 makes a second")
+    found = {(f.parent.name, r): read_json(f) for r in runs for f in r.glob("[0-9]*/metrics.json")}
+    rows = []
+    for stage, key in sorted({(s, k) for (s, _), m in found.items() for k in m if f"{k}_lo" in m}):
+        values = [x for r in runs if (x := found.get((stage, r), {}).get(key)) is not None]
+        if len(values) < 2: continue
+        lo, hi = ttest_1samp(values, 0).confidence_interval() if len(set(values)) > 1 else (values[0],)*2
+        rows.append(dict(stage=stage, key=key, mean=sum(values)/len(values), lo=lo, hi=hi, values=values))
+    lines = ["stage,key,mean,lo,hi,values"] + [f"{r['stage']},{r['key']},{r['mean']:.4f},{r['lo']:.4f},{r['hi']:.4f},{' '.join(map(str, r['values']))}" for r in rows]
+    atomic_write(first/"seeds.csv", "\n".join(lines) + "\n")
+    return rows
+
 # %% ../nbs/90_pipeline.ipynb #bd9e1fac
 def parser() -> argparse.ArgumentParser:
     "tpro-nb's commands."
     p = argparse.ArgumentParser("tpro-nb", description="T-pro 2.0 as a chain of notebooks.")
     sub = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    c = sub.add_parser("run", help="bring a profile's run up to date"); c.add_argument("profile")
+    c = sub.add_parser("run", help="bring a profile's run up to date"); c.add_argument("profile", help="cpu, or cpu@1 for another seed")
     g = c.add_mutually_exclusive_group(); g.add_argument("--only", metavar="STAGE"); g.add_argument("--from", dest="start", metavar="STAGE")
+    c.add_argument("--to", dest="end", metavar="STAGE", help="the last stage to run")
+    c = sub.add_parser("seeds", help="the measured effects over a profile's runs with several seeds (cpu, cpu@1, cpu@2)"); c.add_argument("profile")
     c = sub.add_parser("status", help="current, stale and why, missing, failed"); c.add_argument("profile")
     c.add_argument("--reference", action="store_true", help="the committed run: do its keys still match the code?")
     c = sub.add_parser("publish", help="copy a finished run's small files to outputs/reference"); c.add_argument("profile")
@@ -416,7 +439,7 @@ def checkout() -> Path:
 
 def cmd_run(a):
     root = checkout()
-    run(root, a.profile, a.only, a.start)
+    run(root, a.profile, a.only, a.start, a.end)
     from tpro_nb.claims import report
     folder = root/next(iter(load_params(root, a.profile).values()))["run_dir"]
     states = status(root, a.profile)
@@ -429,6 +452,10 @@ def cmd_status(a):
     return 0 if all(s.state == "current" for s in states) else 1
 
 def cmd_publish(a): publish(checkout(), a.profile)
+
+def cmd_seeds(a):
+    rows = seeds(checkout(), a.profile)
+    for r in rows: print(f"{r['stage'][:2]} {r['key']:32} {r['mean']:9.3f} [{r['lo']:.3f}, {r['hi']:.3f}]   " + "  ".join(f"{x:g}" for x in r["values"]))
 
 # %% ../nbs/90_pipeline.ipynb #0a4fe371
 def run_folder(root: Path, name: str) -> Path:
