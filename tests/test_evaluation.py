@@ -21,9 +21,30 @@ def test_paired_finds_a_real_difference_and_not_a_false_one():
     a, b = rng.binomial(1, skill), rng.binomial(1, np.clip(skill*.4, 0, 1))
     big, none = ev.paired(a, b), ev.paired(rng.binomial(1, skill), rng.binomial(1, skill))
     assert big["p"] < .001 and big["lo"] > 0 and none["p"] > .01
-    assert abs(none["mdd"] - 2.8*np.std(a - rng.binomial(1, skill))/200**.5) < .05
-    same = ev.paired([1, 0, 1], [1, 0, 1])
-    assert same["p"] == 1 and same["mdd"] is None
+    for x, y in (([1, 0, 1], [1, 0, 1]), ([1, 1, 1], [0, 0, 0])):                  # nothing varies: no noise to speak of
+        assert ev.paired(x, y)["mdd"] is None
+
+def test_the_detectable_difference_is_detected_four_times_in_five():
+    d = np.array([1, 0, 0, 0, -1]*20)                                         # variance known: 2/5 per problem, n = 100
+    assert ev.paired(d, 0*d)["mdd"] == pytest.approx((1.959964 + .841621)*(40/99)**.5/10, rel=1e-5)
+    rng = np.random.default_rng(1); noise = rng.choice([-1, 0, 0, 0, 1], (4000, 100))
+    x = noise + ev.paired(d, 0*d)["mdd"]
+    found = abs(x.mean(1)/(x.std(1, ddof=1)/10)) > 1.984                      # a t test of each simulated comparison
+    assert .77 < found.mean() < .83
+
+def test_the_vote_of_a_problem():
+    def rows(*answers): return [dict(problem_id="p", model="m", mode="direct", sample=i, response=t, verdict=v) for i, (t, v) in enumerate(answers)]
+    good, half, bad, none = ("Ответ: 0,5", "correct"), ("Ответ: \\frac{1}{2}", "correct"), ("Ответ: 7", "wrong"), ("", "unparsed")
+    assert ev.majority(rows(bad, good, half)) == {"p": 1.0}                   # one value, two spellings, one vote
+    assert ev.majority(rows(bad, good)) == {"p": 0.0} and ev.majority(rows(good, bad)) == {"p": 1.0}
+    assert ev.majority(rows(bad, bad, good)) == {"p": 0.0} and ev.majority(rows(none, none, good)) == {"p": 1.0}
+    assert ev.majority(rows(none)) == {"p": 0.0} and ev.majority(rows(good), mode="think") == {}
+    (t,) = ev.table(rows(bad, good, half, none))
+    assert (t["avg_at_k"], t["pass_at_k"], t["maj_at_k"], t["empty_pct"]) == (.5, 1, 1, 25)
+
+def test_samples_of_another_benchmark_are_refused():
+    row = dict(key="k", model="m", mode="direct", problem_id="другая", sample=0, response="Ответ: 1", finished=True)
+    with pytest.raises(UserError, match="not in the benchmark"): ev.score([row], toy_problems(2))
 
 @pytest.fixture
 def fake(monkeypatch):

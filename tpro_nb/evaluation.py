@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['coverage', 'accuracy', 'paired', 'model_digest', 'sample_key', 'check_problems', 'even_over_steps', 'responses',
-           'sample', 'whole_lines', 'score', 'by_problem', 'table']
+           'sample', 'whole_lines', 'score', 'by_problem', 'majority', 'table']
 
 # %% ../nbs/10_evaluation.ipynb #1e129dbc
 import hashlib, json, os, time
@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 import numpy as np
 from .core import Run, UserError, launch, ratio_ci, read_jsonl, sha256, write_jsonl
-from .tmath import CHANCE, grade_many, load_tmath
+from .tmath import CHANCE, after_think, final_answer, grade_many, load_tmath, parse
 
 # %% ../nbs/10_evaluation.ipynb #5342049b
 def coverage(n_problems: int = 100, k: int = 4, sims: int = 2000, resamples: int = 1000, a: float = .7, b: float = .9, seed: int = 0) -> dict:
@@ -41,8 +41,8 @@ def paired(a: list[float], b: list[float], seed: int = 0) -> dict:
     from scipy.stats import norm, permutation_test
     d = np.asarray(a, float) - np.asarray(b, float)
     if len(d) < 2: raise ValueError("paired needs at least two problems")
-    out = dict(diff=float(d.mean()), n=len(d), mdd=float((norm.ppf(.975) + norm.ppf(.8))*d.std(ddof=1)/np.sqrt(len(d))))
-    if not d.any(): return out | dict(lo=0.0, hi=0.0, p=1.0, mdd=None)     # no problem differed: nothing tells the noise
+    out = dict(diff=float(d.mean()), n=len(d), mdd=float((norm.ppf(.975) + norm.ppf(.8))*d.std(ddof=1)/np.sqrt(len(d))) if d.std() else None)
+    if not d.any(): return out | dict(lo=0.0, hi=0.0, p=1.0)     # no problem differed: nothing tells the noise
     test = permutation_test((d,), lambda x, axis=-1: x.mean(axis), permutation_type="samples", vectorized=True, n_resamples=4999, rng=np.random.default_rng(seed))
     _, lo, hi = ratio_ci(d, seed=seed) if d.std() else (0, d[0], d[0])
     return out | dict(lo=float(lo), hi=float(hi), p=float(test.pvalue))
@@ -115,6 +115,7 @@ def whole_lines(log: str | Path) -> list[dict]:
 def score(rows: list[dict], problems: list[dict]) -> list[dict]:
     "Rows with verdict, family, steps and wording added."
     by_id = {p["problem_id"]: p for p in problems}
+    if lost := {r["problem_id"] for r in rows} - by_id.keys(): raise UserError(f"samples: {len(lost)} problems are not in the benchmark (first: {min(lost)}). These samples belong to another file; score them against that one.")
     verdicts = grade_many([(r["response"], by_id[r["problem_id"]]["verifiable_answer"], r["finished"]) for r in rows]) if rows else []
     return [r | dict(verdict=v, **{f: by_id[r["problem_id"]].get(f) for f in ("family", "steps", "wording")}) for r, v in zip(rows, verdicts)]
 
@@ -125,8 +126,19 @@ def by_problem(rows: list[dict], **where) -> dict[str, float]:
         if all(r[k] == v for k, v in where.items()): sums[r["problem_id"]].append(r["verdict"] == "correct")
     return {p: float(np.mean(v)) for p, v in sums.items()}
 
+def majority(rows: list[dict], **where) -> dict[str, float]:
+    "1 or 0 by problem: is the answer that most samples give the right one? Ties go to the earlier sample; who gives no readable answer does not vote."
+    votes, right = defaultdict(Counter), {}
+    for r in sorted(rows, key=lambda r: r["sample"]):
+        if any(r[k] != v for k, v in where.items()): continue
+        ballot = votes[r["problem_id"]]
+        if r["verdict"] not in ("correct", "wrong"): continue
+        said = final_answer(after_think(r["response"]))
+        vote = repr(parse(said) or said.strip()); ballot[vote] += 1; right[r["problem_id"], vote] = r["verdict"] == "correct"
+    return {p: float(bool(b) and right[p, b.most_common(1)[0][0]]) for p, b in votes.items()}
+
 def table(rows: list[dict], seed: int = 0) -> list[dict]:
-    "One line a model and mode: accuracy with interval, pass@1, pass@k, and the four verdicts in percent."
+    "One line a model and mode: accuracy with interval, pass@1, pass@k, maj@k, and the four verdicts in percent."
     out = []
     for model, mode in sorted({(r["model"], r["mode"]) for r in rows}):
         mine = [r for r in rows if (r["model"], r["mode"]) == (model, mode)]
@@ -135,5 +147,6 @@ def table(rows: list[dict], seed: int = 0) -> list[dict]:
         p1 = accuracy(list(first.values()), seed)
         verdicts = Counter(r["verdict"] for r in mine)
         out.append(dict(model=model, mode=mode, problems=len(share), answers=len(mine), avg_at_k=acc, avg_at_k_lo=lo, avg_at_k_hi=hi, pass_at_1=p1[0], pass_at_1_lo=p1[1], pass_at_1_hi=p1[2],
-                        pass_at_k=float(np.mean([v > 0 for v in share.values()])), **{f"{v}_pct": 100*verdicts[v]/len(mine) for v in ("correct", "wrong", "unparsed", "truncated")}))
+                        pass_at_k=float(np.mean([v > 0 for v in share.values()])), maj_at_k=float(np.mean(list(majority(mine).values()))),
+                        empty_pct=100*sum(not r["response"].strip() for r in mine)/len(mine), **{f"{v}_pct": 100*verdicts[v]/len(mine) for v in ("correct", "wrong", "unparsed", "truncated")}))
     return out
