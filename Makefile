@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PROFILE ?= cpu
 
-.PHONY: run test env env-sglang clean
+.PHONY: run test test-eval test-sglang env env-sglang clean
 run: env
 	$(BIN)/tpro-nb run $(PROFILE)
 
@@ -21,6 +21,11 @@ test: env
 	TPRO_NB_RUN=none OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing
 	TPRO_NB_RUN=none $(BIN)/python -m pytest tests --durations=15
 
+# lm-eval and statsmodels (multiple choice by likelihood, effects of an ablation): 30 more packages, so they are asked for by name.
+test-eval: env
+	$(BIN)/python -m pip install -q -c constraints-cpu.txt -e '.[eval]'
+	TPRO_NB_RUN=none $(BIN)/python -m pytest tests/test_evaluation_public.py tests/test_ablate.py
+
 # SGLang pins other versions, so it lives in an environment of its own, outside the clone, one for each content of its requirement files.
 SGLANG_REQ  = tests/sglang/requirements-sglang-cpu.txt tests/sglang/requirements-sglang-cpu-nodeps.txt
 SGLANG_VENV = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/tpro_nb/venv-sglang-$(shell cat $(SGLANG_REQ) | sha256sum | cut -c1-12)
@@ -29,6 +34,12 @@ env-sglang:
 	  $(SGLANG_VENV)/bin/python -m pip install -q -c constraints-cpu.txt -r tests/sglang/requirements-sglang-cpu.txt && \
 	  $(SGLANG_VENV)/bin/python -m pip install -q --no-deps -r tests/sglang/requirements-sglang-cpu-nodeps.txt && touch $(SGLANG_VENV)/.done; }
 	@echo "SGLang's environment: $(SGLANG_VENV)"
+
+# The real SGLang on a CPU over stand-ins for its kernels: a nano model trained here, and the export of the profile's run where there is one.
+SGLANG_JSON   ?= outputs/reference/sglang.json
+SGLANG_EXPORT ?= $(patsubst %/hot_token_map.pt,%,$(wildcard outputs/$(PROFILE)/13_serving/hot_token_map.pt))
+test-sglang: env env-sglang
+	$(BIN)/python tests/sglang/run_sglang.py --python $(SGLANG_VENV)/bin/python $(if $(SGLANG_JSON),--out $(SGLANG_JSON)) --export $(SGLANG_EXPORT)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

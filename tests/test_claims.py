@@ -104,6 +104,37 @@ def test_planner_against_hand_arithmetic():
         ours, theirs = C.plan_against_paper(stage)
         assert theirs == hours and 1/1.5 <= ours/theirs <= 1.5
 
+def test_no_source_is_vague():
+    for r in C.claim_table():
+        assert re.search(r"§|Table|App\.|Figure|Limitations|\(secondary\)|not in the paper", r["source"]), (r["id"], r["source"])
+        assert not re.match(r"an? (summary|reading)", r["source"]) and "(a summary)" not in r["claim"], r["id"]
+    for c in C.ledger({}): assert c["verdict"] in C.VERDICTS and c["source"]
+
+def test_energy_and_price_are_null_where_no_rate_is_known():
+    r = C.estimate("x", 1e9, 1e9, gpus=4, usd_per_gpu_h=None)
+    assert r["gpu_h"] > 0 and r["usd"] is r["rub"] is r["kwh"] is None
+    assert C.estimate("x", 1e9, 1e9, watts=500)["kwh"] == pytest.approx(r["gpu_h"]/2)
+    cpu = C.plan_table(C.plan(ROOT/"params"/"cpu"))
+    assert cpu.splitlines()[1].count("not known") == 3 and cpu.splitlines()[-1].count("not known") == 3      # dollars, roubles, kWh
+
+def test_footprint_by_hand():
+    row = C.estimate("sft", 10e9, 1e9, gpus=8)
+    assert C.footprint(row, 6)["memory_gb"] == 20 and C.footprint(row, 8)["memory_gb"] == 25 and C.footprint(row, 2)["memory_gb"] == 20
+    assert C.footprint(row, 6)["disk_gb"] == 20 + 120 + 4 and C.footprint(row, 2)["disk_gb"] == 24
+
+def test_plan_by_size():
+    from tpro_nb.doctor import QWEN3
+    assert C.SIZES == {k: v[-1] for k, v in QWEN3.items()}
+    rows = {r["size"]: r for r in C.plan_sizes()}
+    whole = sum(r["gpu_h"] or 0 for r in C.paper_plan())
+    assert rows["32B"]["gpu_h"] == pytest.approx(whole, rel=.005) and rows["0.6B"]["gpu_h"] == pytest.approx(whole*596_049_920/32.8e9)
+    assert rows["32B"]["cards"] >= 11 and rows["0.6B"]["cards"] == 1 and rows["32B"]["usd"]*80 == pytest.approx(rows["32B"]["rub"])
+
+def test_plan_beside_the_run(tmp_path):
+    core.write_json(tmp_path/"07_sft"/"stamp.json", dict(seconds=90))
+    rows = {r["stage"]: r for r in C.plan_against_run(tmp_path, C.plan(ROOT/"params"/"cpu"))}
+    assert rows["sft"]["stage_min"] == 1.5 and rows["sft"]["planned_min"] > 0 and rows["dpo"]["stage_min"] is None
+
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "h100", "h100x32"])
 def test_plan_of_a_profile(profile):
     rows = C.plan(ROOT/"params"/profile)

@@ -1,11 +1,13 @@
 "Export to SGLang's layout: names, shapes, dtypes, token map, tree rule, flags, launch script."
-import shutil, subprocess
+import json, shutil, subprocess, threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from tpro_nb.core import UserError, read_json, toy, write_json
 from tpro_nb.eagle_draft import random_draft
-from tpro_nb.serving import Endpoint, arguments, check_flags, compare, export, flag_table, launch_script, sglang_parses, target_shapes, tensors, write_token_map
+from tpro_nb.serving import Endpoint, arguments, check_flags, compare, export, flag_table, launch_script, sglang_events, sglang_figures, sglang_generate, sglang_parses, sglang_state, target_shapes, tensors, write_token_map
 
 TARGET = toy("03_base_model/base")
 
@@ -82,8 +84,10 @@ def test_plain_endpoint_has_no_speculative_flag():
     assert not [x for x in a if "speculative" in x] and a[a.index("--host") + 1] == "127.0.0.1" and set(x for x in a if x.startswith("--")) <= set(flag_table())
 
 def test_sglang_is_not_here():
-    import importlib.util
-    assert (sglang_parses(["--model-path", "m"]) is None) == (importlib.util.find_spec("sglang") is None)
+    "A folder of that name on the path (tests/sglang is one) is not an installation."
+    from importlib import metadata
+    here = any(d.metadata["Name"] == "sglang" for d in metadata.distributions())
+    assert (sglang_parses(["--model-path", "m"]) is None) == (not here)
 
 def test_launch_script_runs_what_it_says(tmp_path):
     "A stand-in `python` on PATH prints its arguments."
@@ -98,3 +102,68 @@ def test_launch_script_runs_what_it_says(tmp_path):
 def test_token_map_must_fit(tmp_path):
     for hot in ([], [1, 1], [-1], [7]):
         with pytest.raises(UserError): write_token_map(tmp_path/"m.pt", hot, 7)
+
+@contextmanager
+def fake_sglang(chunks, status=200, pages={}):
+    "Answers /generate with the chunks as server-sent events, other paths with `pages`."
+    class Handler(BaseHTTPRequestHandler):
+        def reply(self, text):
+            self.send_response(status); self.end_headers(); self.wfile.write(text.encode())
+        def do_POST(self):
+            asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            self.reply("".join(f"data: {json.dumps(c)}\n\n" for c in chunks) + "data: [DONE]\n\n")
+        def do_GET(self): self.reply(pages.get(self.path, ""))
+        def log_message(self, *a): pass
+    asked, server = [], ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield f"http://127.0.0.1:{server.server_port}", asked
+    finally: server.shutdown(); server.server_close()
+
+# as the real SGLang 0.5.23 streamed them: output_ids grow, the speculative keys come with the last chunk
+SPEC = dict(spec_verify_ct=3, spec_accept_length=8/3, spec_correct_drafts_histogram=[1, 0, 2])
+CHUNKS = [dict(text="", output_ids=list(range(n)), meta_info=dict(completion_tokens=n) | (SPEC if n == 8 else {})) for n in (1, 4, 5, 8)]
+
+def test_client_reads_text_and_telemetry():
+    with fake_sglang(CHUNKS) as (url, asked):
+        ids, events, info = sglang_generate(url, [5, 6, 7], 8, dict(request="r", domain="maths"), ignore_eos=True)
+    assert ids == list(range(8)) and info["spec_verify_ct"] == 3 and [e["emitted"] for e in events] == [3, 1, 3]
+    assert [e["position"] for e in events] == [3, 6, 7] and {e["source"] for e in events} == {"sglang"} and all(e["tree"] is None for e in events)
+    assert asked == [dict(input_ids=[5, 6, 7], stream=True, sampling_params=dict(temperature=0, max_new_tokens=8, ignore_eos=True))]
+
+def test_events_have_the_decoders_keys():
+    from tpro_nb.eagle_decoding import Decoder
+    ours = []
+    Decoder(str(TARGET), None, "float32", context=64).generate([1, 2, 3], 4, events=ours)
+    assert set(sglang_events([1, 2], dict(spec_verify_ct=1), 4)[0]) == set(ours[0])
+
+def test_merged_chunks_keep_the_sum():
+    "A chunk that holds two steps: the histogram tells how long they were."
+    with fake_sglang([CHUNKS[0], CHUNKS[1], CHUNKS[3]]) as (url, _): _, events, info = sglang_generate(url, [5], 8)
+    assert sorted(e["emitted"] for e in events) == [1, 3, 3] and {e["position"] for e in events} == {None}
+
+def test_plain_answers_are_one_token_a_step():
+    plain = [dict(output_ids=list(range(n)), meta_info=dict(completion_tokens=n)) for n in (1, 2, 4)]
+    with fake_sglang(plain) as (url, _): _, events, _ = sglang_generate(url, [5], 4)
+    assert [(e["position"], e["emitted"]) for e in events] == [(1, 1), (2, 1), (3, 1)] and events[0]["source"] == "sglang/plain"
+
+@pytest.mark.parametrize("chunks, status, message", [([dict(error=dict(message="too long"))], 200, "too long"), ([], 503, "503"), ([dict(output_ids=[1])], 200, "launch.sh")])
+def test_client_errors(chunks, status, message):
+    with fake_sglang(chunks, status) as (url, _), pytest.raises(UserError, match=message): sglang_generate(url, [5], 3)
+    with pytest.raises(UserError, match="launch.sh"): sglang_state("http://127.0.0.1:9")
+
+def test_state():
+    pages = {"/server_info": json.dumps(dict(version="0.5.23", internal_states=[dict(avg_spec_accept_length=1.74)])),
+             "/metrics": 'sglang:spec_accept_length{model_name="t"} 1.5\nsglang:spec_accept_length_bucket{le="1"} 3\nother 2\nsglang:spec_verify_calls_total{m="t"} 96.0\n'}
+    with fake_sglang([], pages=pages) as (url, _): s = sglang_state(url)
+    assert s == dict(version="0.5.23", avg_spec_accept_length=1.74, metrics={"sglang:spec_accept_length": 1.5, "sglang:spec_verify_calls_total": 96.0})
+
+def test_figures(tmp_path):
+    f = tmp_path/"sglang.json"
+    assert sglang_figures(f)["sglang_ran"] == 0 and sglang_figures(f)["parity_tau_diff_pct"] is None
+    write_json(f, dict(versions=dict(sglang="0.5.23"), figures=dict(parity_tau_diff_pct=.4)))
+    assert sglang_figures(f) == sglang_figures(None) | dict(sglang_ran=1, parity_tau_diff_pct=.4)
+    for wrong in ([], {}, dict(figures={}), dict(versions=dict(sglang="0.5.23"), figures=dict(speed=9)), dict(versions=dict(sglang="0.5.23"), figures=dict(parity_tau_diff_pct="0"))):
+        write_json(f, wrong)
+        with pytest.raises(UserError, match="make test-sglang"): sglang_figures(f)
+    f.write_text("{")
+    with pytest.raises(UserError): sglang_figures(f)

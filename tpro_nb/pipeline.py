@@ -428,7 +428,7 @@ def parser() -> argparse.ArgumentParser:
     for name, what in FORWARDED.items(): sub.add_parser(name, help=what, add_help=False)
     return p
 
-FORWARDED = dict(serve="an OpenAI-compatible server (demo extra)", playground="the chat page (demo extra)")
+FORWARDED = dict(serve="an OpenAI-compatible server (demo extra)", playground="the chat page (demo extra)", ablate="eight cells of the chain, parts switched off, effects with intervals (eval extra)")
 
 # %% ../nbs/90_pipeline.ipynb #d840f784
 def checkout() -> Path:
@@ -492,7 +492,7 @@ def cmd_doctor(a):
     return 2 if got["problems"] else 0
 
 def forward(command: str, rest: list[str]):
-    "`serve` and `playground` have arguments, and dependencies, of their own."
+    "`serve`, `playground` and `ablate` have arguments, and dependencies, of their own."
     try: module = importlib.import_module(dict(serve="tpro_nb.server").get(command, f"tpro_nb.{command}"))
     except ImportError as e:
         raise UserError(f"`tpro-nb {command}` cannot start: {e}. It needs the demo extra: pip install 'tpro_nb[demo]', or in a clone .venv/bin/pip install -e '.[demo]'") from e

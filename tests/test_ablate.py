@@ -1,0 +1,112 @@
+"The ablation: a design that separates what it says, a cache that shares what is the same, effects that are found only where they are."
+import importlib.util, json
+import numpy as np
+import pytest, yaml
+from tpro_nb import ablate as A, pipeline as P
+from tpro_nb.core import UserError, environment, read_json, write_json
+from conftest import ROOT, PARAMS, write_notebook
+
+ON = dict.fromkeys(A.FACTORS, 1)
+needs_statsmodels = pytest.mark.skipif(not importlib.util.find_spec("statsmodels"), reason="statsmodels is in the eval extra")
+
+def test_design_is_balanced_and_orthogonal():
+    d = np.array([[c[f] for f in A.FACTORS] for c in A.cells()])
+    assert (d.T @ d == 8*np.eye(4)).all() and not d.sum(0).any() and len({A.name_of(c) for c in A.cells()}) == 8
+    pairs = np.array([d[:, i]*d[:, j] for i in range(4) for j in range(i)])
+    assert not (pairs @ d).any()                                   # no main effect is mixed with an interaction of two
+
+def test_switches_change_the_parameters_they_name():
+    base = P.load_params(ROOT, "smoke")
+    off = dict.fromkeys(A.FACTORS, -1)
+    p = A.cell_params(ROOT, base, off, 3, "outputs/x", more_steps=1.5, changes={"07_sft": dict(steps=5)})
+    assert p["02_tokenizer_surgery"]["base_swap"] == 1 and p["06_midtraining"]["lr"] == p["09_dpo"]["lr"] == 1e-12 and p["10_evaluation"]["chain"] == ["09_dpo"]
+    assert p["06_midtraining"]["steps"] == round(1.5*base["06_midtraining"]["steps"]) and p["07_sft"]["steps"] == 5 and {v["seed"] for v in p.values()} == {3}
+    same = A.cell_params(ROOT, base, ON, 0, "outputs/x")
+    assert same["06_midtraining"]["steps"] == base["06_midtraining"]["steps"] and same["09_dpo"]["lr"] == base["09_dpo"]["lr"] and base["07_sft"]["run_dir"] == "outputs/smoke"
+    with pytest.raises(UserError, match="unknown parameter"): A.cell_params(ROOT, base, ON, 0, "x", changes={"07_sft": dict(stepz=5)})
+    with pytest.raises(UserError, match="no stage"): A.cell_params(ROOT, base, ON, 0, "x", changes={"77_sft": dict(steps=5)})
+
+def test_what_the_cache_saves():
+    base = P.load_params(ROOT, "smoke"); code = P.code_keys(ROOT, base)
+    assert A.keys_of(code, base) == code                           # the short way gives the runner's own keys
+    plans = [(A.cell_params(ROOT, base, c, 0, f"outputs/{A.name_of(c)}"), c) for c in A.cells()]
+    got = A.shared(code, plans, ["10_evaluation"])
+    assert got["04_tmath"] == (8, 1) and got["03_base_model"] == (8, 2) and got["07_sft"] == got["08_reward_model"] == (8, 4) and got["09_dpo"] == (8, 8)
+    assert "14_eagle_speedup" not in got and "01_tokenizer_analysis" not in got
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    "Three stages under the names that matter; a fake runner that writes what they would."
+    import torch
+    from safetensors.torch import save_file
+    (tmp_path/"settings.ini").touch(); (tmp_path/"tpro_nb"/"tables").mkdir(parents=True)
+    inputs = {"07_sft": "", "08_reward_model": "run.input('07_sft/model')", "09_dpo": "run.input('08_reward_model/model')"}
+    for s, i in inputs.items():
+        write_notebook(tmp_path/"nbs"/f"{s}.ipynb", ["from tpro_nb.core import *", PARAMS, i])
+        (tmp_path/"params"/"toy").mkdir(parents=True, exist_ok=True); (tmp_path/"params"/"toy"/f"{s}.yaml").write_text("run_dir: outputs/toy\nseed: 0\n")
+    ran = []
+    def run_stage(root, stage, params, keys, ins, label, inherited=None):
+        out = root/params["run_dir"]/stage; (out/"model").mkdir(parents=True, exist_ok=True); ran.append((root/params["run_dir"]).name + "/" + stage)
+        save_file({"score.weight": torch.ones(1, 8)}, out/"model"/"model.safetensors"); write_json(out/"metrics.json", dict(n=params["n"]))
+        write_json(out/"stamp.json", dict(stage=stage, code_key=keys, inputs=ins, outputs=P.list_outputs(out), seconds=1, environment=environment(), licences={}))
+    monkeypatch.setattr(P, "run_stage", run_stage)
+    base = P.load_params(tmp_path, "toy"); code = P.code_keys(tmp_path, base)
+    def go(name, cell=ON, **change):
+        params = {s: p | dict(run_dir=f"outputs/{name}") | (change if s == "09_dpo" else {}) for s, p in base.items()}
+        pool = [p for p in sorted((tmp_path/"outputs").glob("*")) if p.is_dir()]
+        del ran[:]; return A.run_cell(tmp_path, code, params, cell, pool, ["09_dpo"], say=lambda *a: None), list(ran)
+    return go
+
+def head(run): 
+    from safetensors.torch import load_file
+    return load_file(run/"08_reward_model"/"model"/"model.safetensors")["score.weight"]
+
+def test_cells_share_what_is_the_same_and_survive_a_stop(toy):
+    run, ran = toy("one"); assert ran == ["one/07_sft", "one/08_reward_model", "one/09_dpo"]
+    assert toy("one")[1] == []
+    two, ran = toy("two", n=5); assert ran == ["two/09_dpo"] and read_json(two/"09_dpo"/"metrics.json")["n"] == 5
+    (two/"09_dpo"/"stamp.json").unlink(); assert toy("two", n=5)[1] == ["two/09_dpo"]
+    (two/"08_reward_model"/"model"/"model.safetensors").write_bytes(b"x"); assert toy("two", n=5)[1] == []      # damaged: taken from its twin again
+
+def test_a_random_reward_head_is_its_own_and_spoils_nobody_elses(toy):
+    one, _ = toy("one")
+    off, ran = toy("off", ON | dict(reward=-1))
+    assert ran == ["off/09_dpo"]                                   # the trained one is copied, only its head changes
+    assert (head(one) == 1).all() and not (head(off) == 1).any()
+    assert toy("off", ON | dict(reward=-1))[1] == [] and toy("one")[1] == []
+    third, ran = toy("third", ON | dict(reward=-1), n=2); assert ran == ["third/09_dpo"] and (head(third) == head(off)).all()
+
+@pytest.mark.parametrize("args,says", [(["nowhere"], "unknown profile"), (["smoke", "--set", "steps=3"], "STAGE.PARAM=VALUE"), (["smoke", "--sweep", "german"], "no sweep"), (["tpro"], "lacks")])
+def test_mistakes_are_named(args, says):
+    with pytest.raises(UserError, match=says): A.main([*args, "--dry-run"])
+
+def rows(effect=0., noise=.02, seeds=3, rng=np.random.default_rng(5)):
+    return [c | dict(seed=s, cell=A.name_of(c), think_accuracy=.3 + effect/2*c["dpo"] + .1*s + rng.normal(0, noise)) for s in range(seeds) for c in A.cells()]
+
+@needs_statsmodels
+def test_effects_are_found_where_they_are_and_nowhere_else():
+    got = {e["term"]: e for e in A.effects(rows(.12), "think_accuracy")}
+    assert got["dpo"]["verdict"] == "significant" and got["dpo"]["lo"] < .12 < got["dpo"]["hi"]
+    assert sum(e["verdict"] == "significant" for e in got.values()) == 1
+    data = rows(.12); by_hand = [r["think_accuracy"]*r["dpo"] for r in data]
+    assert {e["term"]: e["effect"] for e in A.effects(data, "think_accuracy")}["dpo"] == pytest.approx(np.sum(by_hand)/12)
+    assert sum(any(e["verdict"] == "significant" for e in A.effects(rows(), "think_accuracy")) for _ in range(20)) <= 4        # Holm: one family in twenty
+    assert {e["verdict"] for e in A.effects(rows(noise=0, effect=0) and [r | dict(think_accuracy=0.) for r in rows()], "think_accuracy")} == {"does not vary"}
+
+@needs_statsmodels
+def test_incomplete_designs_are_refused():
+    with pytest.raises(UserError, match="one seed"): A.effects(rows(seeds=1), "think_accuracy")
+    with pytest.raises(UserError, match="all eight cells"): A.effects(rows()[:-1], "think_accuracy")
+    with pytest.raises(UserError, match="all eight cells"): A.effects([*rows()[:-1], rows()[-1] | dict(think_accuracy=None)], "think_accuracy")
+
+@needs_statsmodels
+def test_report(tmp_path):
+    said = []
+    table = A.report([r | dict(speedup=1.3 + .01*r["seed"]) for r in rows(.12)], tmp_path, say=said.append)
+    assert any("eagle" in t["term"] and t["effect"] == pytest.approx(1.31) and t["lo"] < 1.31 < t["hi"] for t in table)
+    assert (tmp_path/"effects.csv").read_text().startswith("response,term,effect") and any("not significant" in s for s in said)
+
+def test_sweep_report(tmp_path):
+    sweep = [dict(english_pct=e, seed=s, think_accuracy=e/100 + s/10) for e in A.ENGLISH for s in range(3)]
+    table = A.report(sweep, tmp_path, "english", say=lambda s: None)
+    assert len(table) == 5 and table[0]["effect"] == pytest.approx(.1) and table[0]["lo"] < .1 < table[0]["hi"]
