@@ -1,5 +1,5 @@
 "The ablation: a design that separates what it says, a cache that shares what is the same, effects that are found only where they are."
-import importlib.util, json
+import json
 import numpy as np
 import pytest, yaml
 from tpro_nb import ablate as A, pipeline as P
@@ -7,7 +7,6 @@ from tpro_nb.core import UserError, environment, read_json, write_json
 from conftest import ROOT, PARAMS, write_notebook
 
 ON = dict.fromkeys(A.FACTORS, 1)
-needs_statsmodels = pytest.mark.skipif(not importlib.util.find_spec("statsmodels"), reason="statsmodels is in the eval extra")
 
 def test_design_is_balanced_and_orthogonal():
     d = np.array([[c[f] for f in A.FACTORS] for c in A.cells()])
@@ -83,7 +82,6 @@ def test_mistakes_are_named(args, says):
 def rows(effect=0., noise=.02, seeds=3, rng=np.random.default_rng(5)):
     return [c | dict(seed=s, cell=A.name_of(c), think_accuracy=.3 + effect/2*c["dpo"] + .1*s + rng.normal(0, noise)) for s in range(seeds) for c in A.cells()]
 
-@needs_statsmodels
 def test_effects_are_found_where_they_are_and_nowhere_else():
     got = {e["term"]: e for e in A.effects(rows(.12), "think_accuracy")}
     assert got["dpo"]["verdict"] == "significant" and got["dpo"]["lo"] < .12 < got["dpo"]["hi"]
@@ -93,13 +91,11 @@ def test_effects_are_found_where_they_are_and_nowhere_else():
     assert sum(any(e["verdict"] == "significant" for e in A.effects(rows(), "think_accuracy")) for _ in range(20)) <= 4        # Holm: one family in twenty
     assert {e["verdict"] for e in A.effects(rows(noise=0, effect=0) and [r | dict(think_accuracy=0.) for r in rows()], "think_accuracy")} == {"does not vary"}
 
-@needs_statsmodels
 def test_incomplete_designs_are_refused():
     with pytest.raises(UserError, match="one seed"): A.effects(rows(seeds=1), "think_accuracy")
     with pytest.raises(UserError, match="all eight cells"): A.effects(rows()[:-1], "think_accuracy")
     with pytest.raises(UserError, match="all eight cells"): A.effects([*rows()[:-1], rows()[-1] | dict(think_accuracy=None)], "think_accuracy")
 
-@needs_statsmodels
 def test_report(tmp_path):
     said = []
     table = A.report([r | dict(speedup=1.3 + .01*r["seed"]) for r in rows(.12)], tmp_path, say=said.append)

@@ -28,15 +28,13 @@ def test_rules_name_stages_that_exist():
         for key in re.findall(r"[\w|]+(?=/)", r["rule"] + " " + r["full_if"]):
             for s in key.split("|"): assert s in stages or s[:2] in {f"{i:02}" for i in range(15)}, (r["id"], s)
 
-LATER = {"sglang_plain_identical_pct", "sglang_tree_identical_pct"}      # measured by make test-sglang, once it exists
-
 def test_rules_name_metrics_that_are_defined():
     from fnmatch import fnmatchcase
     table, unknown = core.metric_table(), set()
     for r in C.claim_table():
         for key in re.findall(r"[\w|]+/\w+", r["rule"] + " " + r["full_if"]):
             stages, name = key.split("/")
-            if name not in LATER and not any(m["stage"] in stages.split("|") and fnmatchcase(name, m["key"]) for m in table): unknown.add(key)
+            if not any(m["stage"] in stages.split("|") and fnmatchcase(name, m["key"]) for m in table): unknown.add(key)
     assert not unknown
 
 @pytest.mark.parametrize("call,holds,says", [
