@@ -9,6 +9,7 @@ NBS = sorted((ROOT/"nbs").glob("*.ipynb"))
 STAGES = P.stage_names(ROOT)
 ids = lambda p: p.stem
 FULL = ["smoke", "cpu", "h100", "h100x32"]
+LONG = {p.stem for p in (ROOT/"params"/"cpu-long").glob("*.yaml")}      # chapters that stand on a finished cpu run
 
 def cells(nb): return json.loads(nb.read_text(encoding="utf-8"))["cells"]
 def source(c): return "".join(c["source"])
@@ -66,10 +67,15 @@ def test_imports_only_go_down():
 @pytest.mark.parametrize("profile", FULL)
 def test_profiles_are_complete_and_valid(profile):
     params = P.load_params(ROOT, profile)
-    assert list(params) == STAGES
-    for stage in STAGES:
+    assert list(params) == [s for s in STAGES if s not in LONG]
+    for stage in params:
         given = set(yaml.safe_load((ROOT/"params"/profile/f"{stage}.yaml").read_text(encoding="utf-8")))
         assert given == set(P.signature(ROOT/"nbs"/f"{stage}.ipynb")), f"{profile}/{stage}: list every parameter"
+
+def test_long_chapters_stand_on_the_cpu_run():
+    params = P.load_params(ROOT, "cpu-long")
+    assert LONG and not LONG & set(P.load_params(ROOT, "cpu")) and {p["run_dir"] for p in params.values()} == {"outputs/cpu"}
+    for stage in params: assert set(yaml.safe_load((ROOT/"params"/"cpu-long"/f"{stage}.yaml").read_text(encoding="utf-8"))) == set(P.signature(ROOT/"nbs"/f"{stage}.ipynb"))
 
 def test_tpro_profile():
     assert set(P.load_params(ROOT, "tpro")) == {"10_evaluation", "13_serving", "14_eagle_speedup"}

@@ -6,7 +6,7 @@ from tpro_nb import core, pipeline as P
 from conftest import ROOT
 
 BIN = Path(sys.executable).parent
-STAGES = P.stage_names(ROOT)
+STAGES = list(P.load_params(ROOT, "smoke"))
 
 def cli(*args, **env): return subprocess.run([BIN/"tpro-nb", *args], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env})
 
@@ -52,7 +52,7 @@ def test_bare_papermill_with_a_parameter_file(smoke, tmp_path):
                    check=True, capture_output=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert (tmp_path/"run/04_tmath/metrics.json").exists()
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", P.stage_names(ROOT))
 def test_chapter_opened_alone_runs_all(stage, tmp_path):
     "What a reader does in JupyterLab in a clean clone: open, run all cells, the stage section too, on toys."
     import papermill as pm
