@@ -18,7 +18,7 @@ def test_switches_change_the_parameters_they_name():
     base = P.load_params(ROOT, "smoke")
     off = dict.fromkeys(A.FACTORS, -1)
     p = A.cell_params(ROOT, base, off, 3, "outputs/x", more_steps=1.5, changes={"07_sft": dict(steps=5)})
-    assert p["02_tokenizer_surgery"]["base_swap"] == 1 and p["06_midtraining"]["lr"] == p["09_dpo"]["lr"] == 1e-12 and p["10_evaluation"]["chain"] == ["09_dpo"]
+    assert p["02_tokenizer_surgery"]["base_swap"] == 1 and p["06_midtraining"]["lr"] == p["09_dpo"]["lr"] == A.STILL and p["10_evaluation"]["chain"] == ["09_dpo"]
     assert p["06_midtraining"]["steps"] == round(1.5*base["06_midtraining"]["steps"]) and p["07_sft"]["steps"] == 5 and {v["seed"] for v in p.values()} == {3}
     same = A.cell_params(ROOT, base, ON, 0, "outputs/x")
     assert same["06_midtraining"]["steps"] == base["06_midtraining"]["steps"] and same["09_dpo"]["lr"] == base["09_dpo"]["lr"] and base["07_sft"]["run_dir"] == "outputs/smoke"
@@ -90,6 +90,26 @@ def test_effects_are_found_where_they_are_and_nowhere_else():
     assert {e["term"]: e["effect"] for e in A.effects(data, "think_accuracy")}["dpo"] == pytest.approx(np.sum(by_hand)/12)
     assert sum(any(e["verdict"] == "significant" for e in A.effects(rows(), "think_accuracy")) for _ in range(20)) <= 4        # Holm: one family in twenty
     assert {e["verdict"] for e in A.effects(rows(noise=0, effect=0) and [r | dict(think_accuracy=0.) for r in rows()], "think_accuracy")} == {"does not vary"}
+
+def test_a_figure_taken_before_dpo_is_not_counted_twice():
+    rng = np.random.default_rng(1); per = {(c["vocabulary"], c["midtraining"], s): 2 - .2*(c["midtraining"] > 0) + rng.normal(0, .05) for c in A.cells() for s in range(3)}
+    data = [c | dict(seed=s, ru_bits_per_byte=per[c["vocabulary"], c["midtraining"], s]) for s in range(3) for c in A.cells()]
+    wide, narrow = ({e["term"]: e for e in A.effects(data, "ru_bits_per_byte", *a)} for a in ((A.EARLY,), ()))
+    assert set(wide) == {"vocabulary", "midtraining", "vocabulary × midtraining"}
+    assert wide["midtraining"]["effect"] == pytest.approx(narrow["midtraining"]["effect"])
+    assert wide["midtraining"]["hi"] - wide["midtraining"]["lo"] > 1.2*(narrow["midtraining"]["hi"] - narrow["midtraining"]["lo"])
+    with pytest.raises(UserError, match="share everything"): A.effects([data[0] | dict(ru_bits_per_byte=9.), *data[1:]], "ru_bits_per_byte", A.EARLY)
+
+def test_bits_of_an_answer_are_the_models_own_and_vocabularies_compare(tmp_path):
+    import torch
+    from tpro_nb.base_model import load_model
+    from tpro_nb.core import toy_model, toy_problems
+    from tpro_nb.midtraining import prompt_ids
+    toy_model(tmp_path, hidden=16, layers=1); model, tok = load_model(tmp_path); p = toy_problems(1)[0]
+    ids = prompt_ids(tok, [dict(role="user", content=p["question"])], False); said = tok.encode(p["full_answer"], add_special_tokens=False)
+    with torch.inference_mode(): logp = torch.log_softmax(model(torch.tensor([ids + said])).logits[0].float(), -1)
+    by_hand = -sum(float(logp[len(ids) - 1 + i, t]) for i, t in enumerate(said))/np.log(2)/len(p["full_answer"])
+    assert A.answer_bits(model, tok, [p], False) == pytest.approx(by_hand, rel=1e-4)
 
 def test_incomplete_designs_are_refused():
     with pytest.raises(UserError, match="one seed"): A.effects(rows(seeds=1), "think_accuracy")

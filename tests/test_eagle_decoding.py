@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, GPT2Config, GPT2LMHeadModel
 from tpro_nb.core import UserError, read_json, toy, toy_model, write_json
 from tpro_nb import eagle_decoding as ed
-from tpro_nb.eagle_draft import random_draft
+from tpro_nb.eagle_draft import DraftKV, EagleDraft, random_draft
 
 ENGINES = ["torch"] + (["c"] if ed.kernels(torch.float32) is not None else [])
 
@@ -84,6 +84,106 @@ def test_product_is_right_for_every_number_of_rows_and_threads(dtype):
             lib.matmul(*(ctypes.c_void_p(t.data_ptr()) for t in (x, packed, y)), q, 208, 48, threads)
             out.append(y)
         assert (out[0] - x.double() @ w.double().T).abs().max() < 1e-4 and all(torch.equal(out[0], y) for y in out)
+
+@pytest.mark.skipif("c" not in ENGINES, reason="no compiler")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name,kind", [("qwen", "draft"), ("llama", "draft"), ("qwen", "eagle3"), ("llama5", "eagle3")])
+def test_fused_passes_equal_the_readable_ones(three, name, kind, dtype):
+    "Same proposals, same cache; same features and argmax: for every shape and number of threads."
+    for threads in (1, 2, 3):
+        dec = ed.Decoder(three/name, three/f"{name}_{kind}", dtype, context=64, engine="c", threads=threads)
+        e, w, f = dec.draft, dec.draft_weights, torch.randn(6, dec.hidden, generator=torch.Generator().manual_seed(threads))
+        for depth, topk in [(1, 1), (1, 4), (3, 3), (4, 2), (5, 8), (3, 1), (2, 8)]:
+            at, end = ([5, 9, 77], (f, [0, 3, 5]), 10, depth, topk, 7), 7 + 10 + min(topk, len(w.hot))*(depth - 1)
+            e.k.zero_(); a = e.propose(w, *at); ka, va = e.k[..., :end].clone(), e.v[:, :, :end].clone()
+            e.k.zero_(); b = ed.propose_pass(e, w, *at)
+            assert [(p, t, d) for p, t, _, d in a] == [(p, t, d) for p, t, _, d in b]
+            np.testing.assert_allclose([x[2] for x in a], [x[2] for x in b], atol=2e-6)
+            assert torch.equal(ka, e.k[..., :end]) and torch.equal(va, e.v[:, :, :end])
+        rows = list(range(9)), 0, 5, ed.causal(9, 5), 5
+        (f1, b1), (f2, b2) = dec.target.greedy(dec.embed, list(range(9)), dec.head, *rows), ed.greedy_pass(dec.target, dec.embed, list(range(9)), dec.head, *rows)
+        assert torch.equal(f1, f2) and b1 == b2
+
+@pytest.fixture(scope="module")
+def three(work):
+    "Two targets of enough layers with an EAGLE-3 draft each, EAGLE-1 beside it; the Llama has five layers, 3 query heads a key head and its own head."
+    torch.manual_seed(2)
+    LlamaForCausalLM(LlamaConfig(vocab_size=101, hidden_size=96, intermediate_size=160, num_hidden_layers=5, num_attention_heads=6, num_key_value_heads=2, head_dim=64,
+        max_position_embeddings=256, tie_word_embeddings=False, initializer_range=.08, bos_token_id=None, eos_token_id=None, pad_token_id=None)).save_pretrained(work/"llama5")
+    for n, v in (("qwen", 500), ("llama5", 101)):
+        for kind in ("eagle", "eagle3"):
+            d = random_draft(work/f"{n}_{kind}", work/n, hot=list(range(1, v, 2)), kind=kind)
+            for name, p in d.named_parameters():                     # norms of ones would hide a forgotten one
+                if name.endswith("norm.weight"): torch.nn.init.uniform_(p, .5, 2.)
+            d.save(work/f"{n}_{kind}", torch.float32)
+    return work
+
+def slow_chain(hf, draft, ids: list[int], depth: int) -> list[int]:
+    "What a draft proposes after `ids`, by chapter 11's layer over transformers' own hidden states, without a cache."
+    with torch.no_grad():
+        h = hf.model(torch.tensor([ids[:-1]]), output_hidden_states=True).hidden_states              # the root's own feature is not known yet
+        feat = h[-1] if draft.kind == "eagle" else torch.cat([h[i + 1] for i in draft.config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]], -1)
+        emb, kv, n = hf.get_input_embeddings().weight, DraftKV(), len(ids) - 1
+        f, out = draft(emb[ids[1:]][None], draft.begin(feat), torch.arange(n)[None], kv)[:, -1:], []
+        for d in range(depth):
+            out.append(int(draft.hot_tokens[draft.logits(f[0], hf.lm_head.weight[draft.hot_tokens]).argmax()]))
+            f = draft(emb[out[-1:]][None], f, torch.tensor([[n + d]]), kv)
+    return out
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+@pytest.mark.parametrize("name", ["qwen", "llama5"])
+def test_proposals_are_the_trained_layers(three, name, kind, engine):
+    "Step after step, accepted branches between them, the decoder proposes what the module of chapter 11 proposes: same features, same positions, nothing stale."
+    dec = ed.Decoder(three/name, three/f"{name}_{kind}", "float32", context=128, engine=engine)
+    hf, draft = ed.load_target(three/name, torch.float32), EagleDraft.load(three/f"{name}_{kind}")
+    hf = hf.eval(); accepted = 0
+    for i, p in enumerate(prompts(dec.vocab)[1:]):
+        truth = dec.generate(p, 12)
+        plant, real, seen = ed.planted(truth, dec.vocab, i, 10), dec._propose, []
+        def both(tokens, feats, n, shape, base=0):                   # the draft proposes and is kept; a planted tree, partly right, is verified
+            seen.append((n, real(tokens, feats, n, (3, 1, 3), base).tokens[1:]))
+            return plant(p + truth[:n + 1 - len(p)])
+        dec._propose = both
+        events = []
+        assert dec.generate(p, 12, tree=(3, 1, 12), events=events) == truth
+        accepted += sum(len(e["accepted"]) for e in events); dec._propose = real
+        for n, tokens in seen: assert tokens == slow_chain(hf, draft, p + truth[:n + 1 - len(p)], 3), n
+    assert accepted >= 4, "no branch was accepted: the test tests nothing"
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["qwen", "llama5"])
+def test_greedy_identity_with_eagle3(three, name, engine):
+    "fp32, every tree shape: transformers' own greedy text; two texts in one pass too."
+    dec, hf = ed.Decoder(three/name, three/f"{name}_eagle3", "float32", context=128, engine=engine), ed.load_target(three/name, torch.float32)
+    for p in prompts(dec.vocab):
+        ref = hf.generate(torch.tensor([p]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(p):].tolist()
+        for shape in [None, (1, 1, 1), (4, 1, 4), (2, 5, 3), (3, 4, 12), (5, 8, 31)]: assert dec.generate(p, 20, tree=shape) == ref, shape
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_taps_are_the_hidden_states(three, engine):
+    "A prompt longer than one call of the kernels; and none left behind where nobody asks."
+    dec, hf, p = ed.Decoder(three/"llama5", three/"llama5_eagle3", "float32", context=128, engine=engine), ed.load_target(three/"llama5", torch.float32), prompts(101)[2]
+    dec.target.forward(dec.embed[p].float(), list(range(70)), 0, 0, ed.causal(70))
+    with torch.no_grad(): h = hf.model(torch.tensor([p]), output_hidden_states=True).hidden_states
+    assert dec.target.taps == [0, 1, 3] and (dec.target.aux - torch.cat([h[i + 1][0] for i in (0, 1, 3)], -1)).abs().max() < 1e-4
+    plain = ed.Decoder(three/"llama5", three/"llama5_eagle", "float32", context=128, engine=engine)
+    plain.target.forward(dec.embed[p].float(), list(range(70)), 0, 0, ed.causal(70))
+    assert plain.target.aux is None
+
+def test_eagle3_of_another_target_is_refused(three, tmp_path):
+    random_draft(tmp_path/"deep", three/"llama5", hot=[1, 2, 3], kind="eagle3")
+    edit(tmp_path/"deep", eagle_config=dict(use_aux_hidden_state=True, eagle_aux_hidden_state_layer_ids=[2, 15, 28]))
+    with pytest.raises(UserError, match="layers"): ed.Decoder(three/"llama5", tmp_path/"deep", "float32", context=64)
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_moved_slots(work, engine):
+    dec = ed.Decoder(work/"llama", dtype="float32", engine=engine, context=32)
+    e = dec.target; e.forward(dec.embed[list(range(9))].float(), list(range(9)), 0, 0, ed.causal(9))
+    at = (lambda t, i: t[..., i]) if engine == "c" else (lambda t, i: t[:, :, i])
+    k, v = at(e.k, [4, 6, 8]).clone(), e.v[:, :, [4, 6, 8]].clone()
+    e.move([4, 6, 8], [3, 4, 5])
+    assert torch.equal(at(e.k, [3, 4, 5]), k) and torch.equal(e.v[:, :, [3, 4, 5]], v)
 
 def test_events_and_end_token(work):
     dec, events = ed.Decoder(work/"llama", work/"llama_draft", "float32", context=128), []

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from tpro_nb import eagle_decoding as ed, eagle_speedup as es
-from tpro_nb.core import read_jsonl, toy_model, check_metrics
-from tpro_nb.eagle_draft import random_draft
+from tpro_nb.core import UserError, read_jsonl, toy_model, check_metrics
+from tpro_nb.eagle_draft import EagleDraft, general_prompts, random_draft
 
 def event(run, request, draft_ms, verify_ms, accepted, emitted=None, target="base", domain="d", mode="direct", nodes=3):
     return dict(target=target, run=run, request=request, domain=domain, mode=mode, lang="ru", position=5, draft_ms=draft_ms, verify_ms=verify_ms,
@@ -19,11 +19,12 @@ def test_ratios_by_hand():
     e = T["base", "eagle"]
     assert e["a"]["tokens"] == e["b"]["tokens"] == 12 and e["a"]["ms"] == 60 and e["b"]["ms"] == 90
     assert es.against(T["base", "plain"], e)[0] == pytest.approx(240/150)
-    m = es.speed_metrics(T, dict(tried=[dict(tree=[2, 2, 3], predicted=1.7)]), "base")
+    m = es.speed_metrics(T, dict(judged=dict(tree=[2, 2, 3], predicted=1.7, predicted_lo=1.5, predicted_hi=1.9)), "base")
     assert m["acceptance_length"] == pytest.approx(24/10) and m["acceptance_rate_pct"] == pytest.approx(100*14/30, abs=1e-3)
     assert m["plain_ms_per_token"] == 10 and m["eagle_ms_per_token"] == 6.25 and m["break_even_acceptance_length"] == 1.5
     assert m["speedup_lo"] <= m["speedup"] <= m["speedup_hi"] and m["speedup_lo"] == pytest.approx(120/90, abs=1e-3)
     assert m["speedup_t08"] is None and m["speedup_vs_hf_generate"] is None and m["tree"] == "2x2x3"
+    assert (m["speedup_predicted"], m["speedup_predicted_lo"], m["speedup_predicted_hi"]) == (1.7, 1.5, 1.9)
     assert m["speedup"] == pytest.approx(m["acceptance_length"]/m["break_even_acceptance_length"])
 
 def test_tokens_cut_by_the_limit_are_not_counted_as_speed():
@@ -45,14 +46,23 @@ def test_paper_points_are_the_tables():
 def test_acceptance_by_depth():
     assert es.acceptance_by_depth([event("eagle", "a", 1, 1, a) for a in ([], [1], [1, 2], [1])]) == [.75, .25]
 
+def echo_draft(folder, model, hot):
+    "A draft that guesses the next feature to be the last one: right where the target repeats a token that is hot, wrong elsewhere."
+    random_draft(folder, model, hot)
+    d = EagleDraft.load(folder); H = d.config["hidden_size"]
+    with torch.no_grad():
+        for w in (d.fc.weight, d.fc.bias, d.layers[0].self_attn.o_proj.weight, d.layers[0].mlp.down_proj.weight): w.zero_()
+        d.fc.weight[:, H:] = torch.eye(H)
+    d.save(folder)
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     d = tmp_path_factory.mktemp("speed")
     n = torch.get_num_threads(); torch.set_num_threads(1)
-    toy_model(d/"model"); random_draft(d/"draft", d/"model", hot=list(range(0, 500, 5)))
+    toy_model(d/"model"); echo_draft(d/"draft", d/"model", [i for i in range(510) if i not in (300, 301)])
     rows = [dict(r, prompt=r["prompt"]) for r in ed.PROOF_PROMPTS]
-    rows = es.prepared(d/"model", rows, 4)
-    info = es.measure(str(d/"model"), str(d/"draft"), rows, rows[:1], [[1, 1, 1], [2, 2, 4]], 10, 6, es.end_ids(d/"model"), [1, 3], 2, 2, .8, 400, "cpu", "base", str(d), 0)
+    rows = [r | dict(ids=r["ids"] + [300 + i]) for i, r in enumerate(es.prepared(d/"model", rows, 4))]     # the toy repeats its last token; two of the four are not hot
+    info = es.measure(str(d/"model"), str(d/"draft"), rows, rows[:1], rows[1:3], [[1, 1, 1], [2, 2, 4]], 10, 6, 8, es.end_ids(d/"model"), [1, 3], 2, 2, .8, 400, "cpu", "base", str(d), 0)
     torch.set_num_threads(n)
     return info, read_jsonl(d/"base.jsonl"), rows, d
 
@@ -65,7 +75,7 @@ def test_measure_runs_every_contestant_in_rotating_order(measured):
     for e in events: first.setdefault(e["request"], e["run"])
     assert len(set(first.values())) > 1
     assert {tuple(t["tree"]) for t in info["tried"]} == {(1, 1, 1), (2, 2, 4)} and info["tried"][0]["predicted"] >= info["tried"][1]["predicted"]
-    assert {1, 2, 3, 5} <= {int(k) for k in info["forward_ms"]}
+    assert {1, 2, 3, 5} <= {int(k) for k in info["forward_ms"]} and {1, 2, 5} == {int(k) for k in info["loop_ms"]}
 
 def test_same_text_and_known_keys(measured):
     info, events, rows, d = measured
@@ -74,6 +84,9 @@ def test_same_text_and_known_keys(measured):
         if e["run"] in ("plain", "eagle"):
             t = ([e["tree"]["tokens"][i] for i in e["accepted"]] + [e["bonus"]])[:e["emitted"]]
             text.setdefault((e["request"], e["run"]), []).extend(t)
+    steps = [len(e["accepted"]) for e in events if e["run"] == "eagle"]
+    assert max(steps) > 0 and min(steps) == 0, "no draft token was accepted, or none refused: the comparison would show nothing"
+    assert sum(e["emitted"] > 1 for e in events if e["run"] == "eagle") > 3
     if info["engine"] == "c":
         for r in rows: assert text[r["request"], "plain"] == text[r["request"], "eagle"]
     T = es.totals(events)
@@ -81,3 +94,52 @@ def test_same_text_and_known_keys(measured):
     es.write_csv(d/"speed.csv", es.groups(T))
     got = list(csv.DictReader(open(d/"speed.csv", newline="", encoding="utf-8")))
     assert len(got) == len({(r["domain"], r["mode"]) for r in rows}) and all(float(r["speedup"]) > 0 for r in got)
+
+def test_forecast_is_measured_on_prompts_that_did_not_choose(measured):
+    info, events, rows, _ = measured
+    j = info["judged"]
+    assert j["tree"] == info["tried"][0]["tree"] and j["prompts"] == 2 and j["acceptance_length"] > 1
+    assert j["predicted"] == pytest.approx(es.speedup(j["acceptance_length"], j["draft_ms"], j["verify_ms"], j["plain_ms"]), rel=1e-3)
+    assert j["predicted_lo"] <= j["predicted"] <= j["predicted_hi"]
+
+class Scripted:
+    "A decoder whose steps cost and yield what a list says."
+    def __init__(self): self.order = []
+    def generate(self, ids, new, tree=None, eos=None, events=None, meta=None):
+        self.order.append((meta["request"], tree)); n = ids[0]
+        for ms in (10., 10., 1000.): events.append(event("x", meta["request"], tree and 5., ms, [1]*n if tree else [], nodes=3 if tree else 0))
+
+def test_judge_takes_medians_in_turn_and_the_interval_of_tau():
+    dec, rows = Scripted(), [dict(ids=[n], request=f"r{i}", domain="d", mode="direct", lang="en") for i, n in enumerate([1, 2, 1, 2])]
+    j = es.judge_tree(dec, rows, (3, 3, 7), 8, None)
+    assert dec.order[:4] == [("r0", None), ("r0", (3, 3, 7)), ("r1", (3, 3, 7)), ("r1", None)]       # one busy second does not hit one side only
+    assert (j["plain_ms"], j["draft_ms"], j["verify_ms"], j["acceptance_length"]) == (10, 5, 10, 2.5)   # 1000 ms, a hiccup, moves no median
+    assert j["predicted"] == pytest.approx(2.5*10/15, abs=1e-3) and j["predicted_lo"] == pytest.approx(2*10/15, abs=1e-3) and j["predicted_hi"] == pytest.approx(3*10/15, abs=1e-3)
+    class Silent:
+        def generate(self, *a, **kw): pass
+    assert es.judge_tree(Silent(), rows, (3, 3, 7), 8, None)["predicted"] is None
+
+def test_more_development_prompts_are_nobody_elses():
+    own = general_prompts(3); more = es.more_prompts(own["dev"], 3)
+    assert len(more) == 5*len(own["dev"]) and len({r["prompt"] for r in more}) == len(more)
+    assert not {r["prompt"] for r in more} & {r["prompt"] for s in own.values() for r in s}
+    of = lambda rows: {r["id"].rsplit("-", 1)[0] for r in rows}
+    assert of(more) == of(own["dev"]) and not of(more) & of(own["eval"] + own["train"])
+    assert es.more_prompts(ed.PROOF_PROMPTS, 3) == []
+
+def test_scatter_draws_the_pooled_point():
+    import matplotlib; matplotlib.use("Agg"); import matplotlib.pyplot as plt
+    fig, ax = plt.subplots()
+    es.plot_scatter(ax, [dict(target="base", acceptance_length=1.9, speedup=1.2)], dict(base=1.55, chain=None), dict(base=(1.92, 1.24), chain=(None, None)), "t")
+    stars = [l.get_xydata().tolist() for l in ax.lines if l.get_marker() == "*"]; plt.close(fig)
+    assert stars == [[[1.92, 1.24]]]
+
+def test_loop_times_are_medians_that_never_fall():
+    log = {None: [event("p", "a", None, ms, [], nodes=0) for ms in (8., 8., 90.)], (2, 1, 2): [event("e", "a", 1., 12., [], nodes=2)]*3, (3, 1, 3): [event("e", "a", 1., 10., [], nodes=3)]}
+    assert es.loop_times(log) == pytest.approx({1: 8., 3: 11.5, 4: 11.5})       # 12 three times and 10 once: a larger pass is not cheaper
+
+def test_no_answer_on_development_prompts_is_said():
+    class Silent:
+        def generate(self, *a, **kw): pass
+    rows = [dict(ids=[1], request="r", domain="d", mode="direct", lang="en")]
+    with pytest.raises(UserError, match="development prompt"): es.choose_tree(Silent(), rows, [[1, 1, 1]], 8, None)

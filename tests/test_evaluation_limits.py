@@ -67,3 +67,22 @@ def test_tau_by_position_pools_steps_and_clusters_requests():
     rows = L.tau_by_position(events, 10)
     assert [(r["from_token"], r["to_token"], r["steps"]) for r in rows] == [(0, 10, 3), (10, 20, 1), (40, 50, 1)] and rows[0]["tau"] == pytest.approx(7/3) and rows[0]["tau_lo"] <= 7/3 <= rows[0]["tau_hi"]
     with pytest.raises(UserError, match="was not measured"): L.at_position(rows, 25)
+
+def test_long_context_leaves_short_documents_out_and_says_how_many_stayed(toy):
+    rows = L.long_context(toy, 32, [*TEXTS, "коротко"], factors=(1, 2), upto=2, bins=1)
+    assert [(r["kind"], r["factor"]) for r in rows[::2]] == [("none", 1), ("linear", 2), ("yarn", 2)] and {r["documents"] for r in rows} == {3}
+    with pytest.raises(UserError, match="0 of 1 documents"): L.long_context(toy, 32, ["коротко"])
+
+def test_safety_sees_a_decoder_that_changes_words():
+    rows = [dict(id=p["id"], kind=p["kind"], mode=m, draft=d, response="Не могу помочь.", finished=True) for p in L.probes() for m in ("think", "direct") for d in (False, True)]
+    assert L.safety(rows)["changed_by_speculation"] == 0 and L.safety(rows)["direct"]["refusal_pct"][0] == 100
+    rows[1]["response"] = "Вот план."
+    assert L.safety(rows)["changed_by_speculation"] == 1 and L.safety(rows)["think"]["refusal_pct"][0] == 100      # rates are the plain decoder's
+
+def test_command_line_of_limits(toy, tmp_path):
+    from tpro_nb.core import read_json, write_jsonl
+    write_jsonl(tmp_path/"t.jsonl", [dict(text=t) for t in TEXTS])
+    assert L.main(["long", toy, str(tmp_path/"o"), "--trained", "8", "--texts", str(tmp_path/"t.jsonl")]) == 0
+    assert read_json(tmp_path/"o"/"long.json")["documents"] == 3 and (tmp_path/"o"/"position.csv").read_text().startswith("kind,factor,trained")
+    for args, says in ((["long", toy, "o"], "--trained"), (["tau", toy, "o", "--trained", "8"], "--draft")):
+        with pytest.raises(UserError, match=says): L.main(args)

@@ -34,8 +34,10 @@ def test_files_that_lie_are_refused(tmp_path, change, says):
     with pytest.raises(UserError, match=says): B.load_benchmark(MATH.model_copy(update=dict(rows=6)), file(tmp_path, change(ROWS)))
 
 def test_sets_that_cannot_be_graded_say_so(tmp_path):
-    for name in ("LCB", "Arena-Hard-Ru"):
-        with pytest.raises(UserError, match=name): B.load_benchmark(SETS[name], file(tmp_path, ROWS))
+    with pytest.raises(UserError, match="LCB: needs a sandbox"): B.load_benchmark(SETS["LCB"], file(tmp_path, ROWS))
+    with pytest.raises(UserError, match="not the form of Arena-Hard"): B.load_benchmark(SETS["Arena-Hard-Ru"], file(tmp_path, ROWS))
+    for name in ("ruMATH-500", "MERA", "Arena-Hard-Ru"):
+        with pytest.raises(UserError, match="no questions"): B.load_benchmark(SETS[name], file(tmp_path, []), rows=0)
     with pytest.raises(UserError, match="not MERA's form"): B.load_mera(file(tmp_path, [dict(instruction="{text}", inputs={}, meta=dict(id=1))]))
 
 def test_options_are_shuffled_the_same_way_each_time(tmp_path):
@@ -123,7 +125,7 @@ def test_two_runs_never_share_a_folder(tmp_path):
     with Fake(good) as f:
         go = lambda ps=ps, name=f.name, **kw: B.ask_endpoint(MATH, ps, tmp_path/"run", name, **(dict(k=1) | FAST | kw))
         go()
-        for kw, says in ((dict(temperature=.1), "temperature"), (dict(mode="direct"), "mode"), (dict(seed=5), "seed"), (dict(name=f.name.replace("toy", "other")), "other now")):
+        for kw, says in ((dict(temperature=.1), "temperature"), (dict(mode="direct"), "mode"), (dict(seed=5), "seed"), (dict(name=f.name.replace("toy", "other")), "other now"), (dict(name=f.name.replace("/v1", "/v2")), "/v2 now")):
             with pytest.raises(UserError, match=says): go(**kw)
         with pytest.raises(UserError, match="has changed"): go([{**ps[0], "verifiable_answer": "7"}, *ps[1:]])
     with pytest.raises(UserError, match="other questions"): B.rescore(MATH, [{**ps[0], "question": "другой"}, *ps[1:]], tmp_path/"run")
@@ -132,10 +134,63 @@ def test_two_runs_never_share_a_folder(tmp_path):
     with pytest.raises(UserError, match="mixes 2 runs"): B.rescore(MATH, ps, tmp_path/"run")
     write_jsonl(tmp_path/"run"/"samples.jsonl", [*rows, rows[0]])
     with pytest.raises(UserError, match="there twice"): B.rescore(MATH, ps, tmp_path/"run")
+    write_jsonl(tmp_path/"run"/"samples.jsonl", [*rows[:5], {**rows[5], "problem_id": "чужой"}])
+    with pytest.raises(UserError, match="which was not asked"): B.rescore(MATH, ps, tmp_path/"run")
+    write_jsonl(tmp_path/"run"/"samples.jsonl", [dict(x=1)])
+    with pytest.raises(UserError, match="row 0: not a sample"): B.rescore(MATH, ps, tmp_path/"run")
     (tmp_path/"run"/"run.json").unlink()
     with pytest.raises(UserError, match="nobody knows"): B.claim_folder(tmp_path/"run", dict(questions="x"))
 
-@pytest.mark.parametrize("said,verdict", [("Ответ: В", "correct"), ("\\boxed{(B)}", "correct"), ("\\boxed{B) 17}", "correct"), ("Ответ: B.", "correct"), ("Ответ: A", "wrong"), ("Ответ: E", "unparsed"), ("Ответ: A, B", "unparsed"), ("Ответ: Большой", "unparsed"), ("Думаю, B", "unparsed")])
+def test_what_a_filter_swallowed_is_an_empty_answer_and_does_not_block_the_score(tmp_path):
+    with Fake(lambda body, n: (200, None, "content_filter") if right(body) == "3" else good(body, n)) as f: B.ask_endpoint(MATH, math(tmp_path), tmp_path/"run", f.name, k=1, **FAST)
+    line, _ = B.rescore(MATH, math(tmp_path), tmp_path/"run")
+    assert (line["correct_pct"], line["unparsed_pct"], line["empty_pct"]) == pytest.approx((500/6, 100/6, 100/6))
+
+def test_two_runs_are_paired_by_problem(tmp_path):
+    with Fake(good) as f, Fake(lambda body, n: (200, "\\boxed{2}", "stop")) as g:
+        B.ask_endpoint(MATH, math(tmp_path), tmp_path/"a", f.name, k=1, **FAST); B.ask_endpoint(MATH, math(tmp_path), tmp_path/"b", g.name, k=1, **FAST)
+    d = B.against(MATH, math(tmp_path), tmp_path/"a", tmp_path/"b")
+    assert d["diff"] == pytest.approx(500/6) and d["n"] == 6 and d["lo"] < d["diff"] and d["p"] < .1 and d["mdd"] > 0
+    same = B.against(MATH, math(tmp_path), tmp_path/"a", tmp_path/"a")
+    assert (same["diff"], same["p"], same["mdd"]) == (0, 1, None)
+
+MERA_ROWS = [dict(instruction="Сколько будет {n} + 1? Ответь числом.", inputs=dict(n=str(i)), outputs="", meta=dict(id=i + 10)) for i in range(3)]
+
+def test_mera_closed_answers_become_its_submission_and_open_ones_a_score(tmp_path, capsys):
+    with Fake(lambda body, n: (200, f"<think>так</think>{right(body)}", "stop")) as f:
+        assert B.main(["MERA", file(tmp_path, MERA_ROWS, "BPS.jsonl"), str(tmp_path/"run"), "--endpoint", f.name, "--workers", "1"]) == 0
+        assert read_json(tmp_path/"run"/"BPS.json") == dict(data=dict(test=[dict(outputs=str(i + 1), meta=dict(id=i + 10)) for i in range(3)]))
+        B.main(["MERA", file(tmp_path, [r | dict(outputs=str(i + 1 - (i == 2))) for i, r in enumerate(MERA_ROWS)], "open.jsonl"), str(tmp_path/"open"), "--endpoint", f.name])
+    assert "avg@1 0.667" in capsys.readouterr().out
+    ps = B.load_mera(str(tmp_path/"BPS.jsonl"))
+    with pytest.raises(UserError, match="closed"): B.rescore(SETS["MERA"], ps, tmp_path/"run")
+    rows = read_jsonl(tmp_path/"run"/"samples.jsonl"); write_jsonl(tmp_path/"run"/"samples.jsonl", rows[:2])
+    with pytest.raises(UserError, match="1 of 3 questions have no answer"): B.submission(ps, tmp_path/"run", "BPS")
+
+ARENA = [dict(question_id=f"q{i}", turns=[dict(content=f"Сколько будет {i} + 1? Объясни.")]) for i in range(5)]
+
+def test_a_judge_is_asked_in_both_orders_and_only_for_what_is_missing(tmp_path, capsys):
+    theirs = file(tmp_path, [dict(uid=f"q{i}", answer="<think>тайна</think>не знаю") for i in range(5)], "base.jsonl")
+    def fair(body, n):
+        text = body["messages"][0]["content"]; assert "<think>" not in text and body["temperature"] == 0
+        return (500, "", "stop") if n == 7 and broken else (200, "Думаю: " + ("[[A>>B]]" if text.index("Подробно") < text.index("не знаю") else "[[B>>A]]"), "stop")
+    with Fake(lambda body, n: (200, "<think>ход</think>Подробно: столько-то", "stop")) as f, Fake(fair) as g:
+        args = ["Arena-Hard-Ru", file(tmp_path, ARENA, "arena.jsonl"), str(tmp_path/"run"), "--rows", "5", "--endpoint", f.name, "--workers", "1"]
+        with pytest.raises(UserError, match="is judged"): B.main(args)
+        broken, ps, net = True, B.load_arena(str(tmp_path/"arena.jsonl")), FAST | dict(retries=0)
+        with pytest.raises(UserError, match="1 of 10 judgements are missing"): B.judge(ps, tmp_path/"run", theirs, g.name, **net)
+        broken = False
+        assert B.main([*args, "--baseline", theirs, "--judge", g.name]) == 0 and len(g.asked) == 11 and len(f.asked) == 5
+        got = read_json(tmp_path/"run"/"score.json")
+        assert got["win_pct"] == 100 and got["win_pct_lo"] < 60 and got["first_place_pct"] == 50 and "wins 100.0 %" in capsys.readouterr().out
+        lost = file(tmp_path, [dict(uid="q0", answer="да")], "lost.jsonl")
+        with pytest.raises(UserError, match="no answer to 4 questions"): B.judge(ps, tmp_path/"run", lost, g.name, **net)
+
+@pytest.mark.parametrize("said", ["", "A", "[[A>C]]", "[[A>B]] [[B>A]]", "<think>[[A>B]]"])
+def test_a_judge_that_does_not_decide_gives_no_verdict(said):
+    with pytest.raises(ValueError, match="no single verdict"): B.read_judgement(dict(choices=[dict(message=dict(content=said), finish_reason="stop")]))
+
+@pytest.mark.parametrize("said,verdict", [("Ответ: вариант B", "correct"), ("Ответ: В", "correct"), ("\\boxed{(B)}", "correct"), ("\\boxed{B) 17}", "correct"), ("Ответ: B.", "correct"), ("Ответ: A", "wrong"), ("Ответ: E", "unparsed"), ("Ответ: A, B", "unparsed"), ("Ответ: Большой", "unparsed"), ("Думаю, B", "unparsed")])
 def test_letters(said, verdict): assert B.grade_letter(said, "B", 4) == verdict
 
 @pytest.fixture(scope="module")
@@ -167,6 +222,8 @@ def test_a_folder_in_process(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="weights"): B.ask_folder(MATH, math(tmp_path), tmp_path/"run", str(toy), "toy", k=2, max_tokens=4)
 
 def test_command_line(tmp_path, capsys):
+    assert B.main(["--list"]) == 0 and "t-tech/T-math" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--list"): B.main([])
     with Fake(good) as f: assert B.main(["ruMATH-500", file(tmp_path, ROWS), str(tmp_path/"run"), "--rows", "6", "--endpoint", f.name, "--model", "T-pro-it-2.0", "--workers", "2"]) == 0
     assert "avg@1 1.000" in (out := capsys.readouterr().out) and "paper 0.94" in out and read_json(tmp_path/"run"/"score.json")["k"] == 1
     with pytest.raises(UserError, match="not registered"): B.main(["ruX", "f", "o"])

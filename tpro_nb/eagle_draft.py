@@ -2,12 +2,13 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'TOPICS', 'PASSAGE', 'DraftKV', 'RMSNorm', 'rotate', 'DraftAttention', 'DraftMLP', 'DraftLayer',
-           'draft_config', 'EagleDraft', 'draft_shapes', 'check_draft', 'random_draft', 'fill', 'general_prompts',
-           'chain_prompts', 'BatchTarget', 'render', 'stop_ids', 'generate_batch', 'estimate', 'plan_answers',
-           'shard_path', 'write_shards', 'make_data', 'save_shard', 'shard_info', 'load_data', 'reference_counts',
-           'hot_tokens', 'collate', 'rollout_mask', 'draft_loss', 'losses', 'rate', 'update', 'target_matrices',
-           'heldout', 'Fit', 'usable', 'train', 'key_of', 'fingerprint', 'cached', 'coverage', 'own_counts',
-           'build_draft', 'grid', 'plot_training', 'draft_metrics']
+           'aux_layers', 'draft_config', 'EagleDraft', 'kinds', 'kind_of', 'draft_shapes', 'check_draft',
+           'random_draft', 'Midlayer', 'Eagle3Draft', 'fill', 'general_prompts', 'chain_prompts', 'BatchTarget',
+           'render', 'stop_ids', 'generate_batch', 'estimate', 'plan_answers', 'shard_path', 'write_shards', 'taps_of',
+           'make_data', 'save_shard', 'shard_info', 'load_data', 'reference_counts', 'hot_tokens', 'collate',
+           'rollout_mask', 'draft_loss', 'losses', 'share', 'rate', 'Loss', 'update', 'target_model', 'target_matrices',
+           'heldout', 'with_features', 'Fit', 'usable', 'joined', 'new_draft', 'train', 'key_of', 'fingerprint',
+           'cached', 'coverage', 'own_counts', 'build_draft', 'grid', 'plot_training', 'draft_metrics']
 
 # %% ../nbs/11_eagle_draft.ipynb #9c4af070
 import argparse, json, math, os, random, shutil, textwrap, time
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from safetensors.torch import load_file, save_file
@@ -55,13 +57,13 @@ def rotate(x,          # [B, heads, T, D]
 
 # %% ../nbs/11_eagle_draft.ipynb #13e00b88
 class DraftAttention(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, width: int = 0):  # of what it reads; 0: the hidden size
         super().__init__()
         self.heads, self.kv_heads, self.dim, self.theta = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"], c["rope_theta"]
         lin = lambda i, o: nn.Linear(i, o, bias=False)
-        H = c["hidden_size"]
-        self.q_proj, self.o_proj = lin(H, self.heads*self.dim), lin(self.heads*self.dim, H)
-        self.k_proj, self.v_proj = lin(H, self.kv_heads*self.dim), lin(H, self.kv_heads*self.dim)
+        H = c["hidden_size"]; width = width or H
+        self.q_proj, self.o_proj = lin(width, self.heads*self.dim), lin(self.heads*self.dim, H)
+        self.k_proj, self.v_proj = lin(width, self.kv_heads*self.dim), lin(width, self.kv_heads*self.dim)
 
     def forward(self, x, positions, kv=None, mask=None):
         B, T, _ = x.shape
@@ -85,24 +87,34 @@ class DraftMLP(nn.Module):
 
 class DraftLayer(nn.Module):
     "A Llama layer whose attention reads its input unnormalised."
-    def __init__(self, c):
+    def __init__(self, c, width: int = 0):
         super().__init__()
-        self.self_attn, self.mlp = DraftAttention(c), DraftMLP(c)
+        self.self_attn, self.mlp = DraftAttention(c, width), DraftMLP(c)
         self.post_attention_layernorm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
     def forward(self, x, positions, kv=None, mask=None):
         x = x + self.self_attn(x, positions, kv, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 # %% ../nbs/11_eagle_draft.ipynb #c0619b91
-def draft_config(target) -> dict:  # a target's config, or its folder or hub id
+def aux_layers(n: int) -> list[int]:
+    "Which of a target's `n` layers an EAGLE-3 draft reads the output of: SGLang's default (a low, a middle, a high one), spread out where that would collide."
+    if n < 4: raise UserError(f"EAGLE-3 reads three of a target's layers below the last, this one has {n} in all; use draft_kind eagle")
+    return [1, n//2 - 1, n - 4] if n >= 7 else [0, (n - 2)//2, n - 2]
+
+def draft_config(target,              # a target's config, or its folder or hub id
+                 kind: str = "eagle",  # eagle or eagle3
+                ) -> dict:
     "The draft's config.json for a Llama or Qwen3 target, in SGLang's form."
+    if kind not in ("eagle", "eagle3"): raise UserError(f"draft_kind {kind!r}: choose eagle or eagle3")
     if isinstance(target, (str, Path)):
         from transformers import AutoConfig
         target = AutoConfig.from_pretrained(target)
     rope = getattr(target, "rope_parameters", None) or {}
     heads = target.num_attention_heads
     theta = float(rope.get("rope_theta") or getattr(target, "rope_theta", 1e4))
-    return dict(architectures=["LlamaForCausalLMEagle"], model_type="llama", num_hidden_layers=1, hidden_size=target.hidden_size,
+    own = dict(architectures=["LlamaForCausalLMEagle"]) if kind == "eagle" else dict(architectures=["LlamaForCausalLMEagle3"],
+        eagle_config=dict(use_aux_hidden_state=True, eagle_aux_hidden_state_layer_ids=aux_layers(target.num_hidden_layers)))
+    return own | dict(model_type="llama", num_hidden_layers=1, hidden_size=target.hidden_size,
                 intermediate_size=target.intermediate_size, num_attention_heads=heads,
                 num_key_value_heads=getattr(target, "num_key_value_heads", None) or heads,
                 head_dim=getattr(target, "head_dim", None) or target.hidden_size//heads, hidden_act="silu",
@@ -113,52 +125,71 @@ def draft_config(target) -> dict:  # a target's config, or its folder or hub id
 # %% ../nbs/11_eagle_draft.ipynb #c1f86a3f
 class EagleDraft(nn.Module):
     "One EAGLE-1 layer (Li et al. 2024, fig. 6); embedding and output matrix are the target's."
+    kind, feature_loss = "eagle", True
     def __init__(self, config: dict,              # see `draft_config`
                  hot_tokens: list[int] | None = None):  # the target ids the draft may propose; all by default
         super().__init__()
-        self.config, H = config, config["hidden_size"]
-        self.fc = nn.Linear(2*H, H)
-        self.layers = nn.ModuleList([DraftLayer(config)])
+        self.config = config
         hot = torch.as_tensor(range(config["vocab_size"]) if hot_tokens is None else hot_tokens, dtype=torch.long)
         if len(hot) == 0 or hot.min() < 0 or hot.max() >= config["vocab_size"] or len(hot.unique()) != len(hot):
             raise UserError(f"hot tokens must be distinct ids in 0..{config['vocab_size'] - 1}; make the map again for this target.")
         self.register_buffer("hot_tokens", hot, persistent=False)
+        self.build(config)
+
+    def build(self, c):
+        self.fc = nn.Linear(2*c["hidden_size"], c["hidden_size"])
+        self.layers = nn.ModuleList([DraftLayer(c)])
+
+    def begin(self, feat): return feat            # what the first guess reads of the target, [B, T, H]
 
     def forward(self, emb,        # [B, T, H] embedding of token i+1
-                feat,             # [B, T, H] the target's (or the draft's own) feature at i
+                feat,             # [B, T, H] `begin` of the target's feature at i, or the draft's own output
                 positions,        # [B, T] i
                 kv: DraftKV | None = None, # appended to where given
                 mask=None,        # bool, [.., T, past + T], True attends; causal where None
                ):                 # [B, T, H] the guess of the feature at i+1
         return self.layers[0](self.fc(torch.cat([emb, feat], -1)), positions, kv, mask)
 
-    def save(self, folder, dtype=torch.bfloat16):
-        "Write config.json, model.safetensors and hot_tokens.json."
-        folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-        part = folder/".model.part"
-        save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}, part, metadata={"format": "pt"})
-        os.replace(part, folder/"model.safetensors")
-        write_json(folder/"hot_tokens.json", self.hot_tokens.tolist())
-        write_json(folder/"config.json", self.config)
+    def logits(self, guess, hot_head): return guess.to(hot_head.dtype) @ hot_head.T   # hot_head: the hot rows of the target's output matrix
 
-    @classmethod
-    def load(cls, folder, dtype=torch.float32):
-        "Read a draft folder; a name or shape that does not fit is a `UserError`."
-        folder = Path(folder)
-        draft = cls(read_json(folder/"config.json"), read_json(folder/"hot_tokens.json"))
-        check_draft(folder)
-        draft.load_state_dict(load_file(folder/"model.safetensors"))
-        return draft.to(dtype).eval()
+# %% ../nbs/11_eagle_draft.ipynb #c1f86a40
+def kinds() -> dict: return {k.kind: k for k in (EagleDraft, *EagleDraft.__subclasses__())}
+
+def kind_of(config: dict) -> str: return "eagle3" if config.get("architectures") == ["LlamaForCausalLMEagle3"] else "eagle"
+
+def _save(self, folder, dtype=torch.bfloat16):
+    "Write config.json, model.safetensors and hot_tokens.json."
+    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    part = folder/".model.part"
+    save_file({k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in self.state_dict().items()}, part, metadata={"format": "pt"})
+    os.replace(part, folder/"model.safetensors")
+    write_json(folder/"hot_tokens.json", self.hot_tokens.tolist())
+    write_json(folder/"config.json", self.config)
+
+def _load(folder, dtype=torch.float32):
+    "Read a draft folder of either kind; a name or shape that does not fit is a `UserError`."
+    folder = Path(folder)
+    check_draft(folder)
+    config, t = read_json(folder/"config.json"), load_file(folder/"model.safetensors")
+    hot = (t["d2t"] + torch.arange(len(t["d2t"]))).tolist() if "d2t" in t else read_json(folder/"hot_tokens.json")
+    draft = kinds()[kind_of(config)](config, hot)
+    draft.load_state_dict(t)
+    return draft.to(dtype).eval()
+
+EagleDraft.save, EagleDraft.load = _save, staticmethod(_load)
 
 # %% ../nbs/11_eagle_draft.ipynb #8099b85e
 def draft_shapes(c: dict) -> dict[str, tuple[int, ...]]:
-    "Every tensor of an EAGLE-1 draft folder with its shape."
-    H, I, D = c["hidden_size"], c["intermediate_size"], c["head_dim"]
-    q, kv = c["num_attention_heads"]*D, c["num_key_value_heads"]*D
-    a, m = "layers.0.self_attn.", "layers.0.mlp."
-    return {"fc.weight": (H, 2*H), "fc.bias": (H,), a+"q_proj.weight": (q, H), a+"k_proj.weight": (kv, H), a+"v_proj.weight": (kv, H),
-            a+"o_proj.weight": (H, q), m+"gate_proj.weight": (I, H), m+"up_proj.weight": (I, H), m+"down_proj.weight": (H, I),
-            "layers.0.post_attention_layernorm.weight": (H,)}
+    "Every tensor of a draft folder with its shape, EAGLE-1 or EAGLE-3."
+    three = kind_of(c) == "eagle3"
+    H, I, D, l = c["hidden_size"], c["intermediate_size"], c["head_dim"], "midlayer." if three else "layers.0."
+    q, kv, width = c["num_attention_heads"]*D, c["num_key_value_heads"]*D, 2*H if three else H
+    a, m = l + "self_attn.", l + "mlp."
+    layer = {a+"q_proj.weight": (q, width), a+"k_proj.weight": (kv, width), a+"v_proj.weight": (kv, width), a+"o_proj.weight": (H, q),
+             m+"gate_proj.weight": (I, H), m+"up_proj.weight": (I, H), m+"down_proj.weight": (H, I), l+"post_attention_layernorm.weight": (H,)}
+    if not three: return layer | {"fc.weight": (H, 2*H), "fc.bias": (H,)}
+    V, aux = c["draft_vocab_size"], len(c["eagle_config"]["eagle_aux_hidden_state_layer_ids"])
+    return layer | {"fc.weight": (H, aux*H), l+"input_layernorm.weight": (H,), l+"hidden_norm.weight": (H,), "norm.weight": (H,), "lm_head.weight": (V, H), "d2t": (V,)}
 
 def check_draft(folder) -> dict[str, tuple[int, ...]]:
     "Names and shapes found in a draft folder; `UserError` where they differ from `draft_shapes`."
@@ -172,14 +203,37 @@ def check_draft(folder) -> dict[str, tuple[int, ...]]:
     return found
 
 # %% ../nbs/11_eagle_draft.ipynb #6e0171a3
-def random_draft(folder, model_dir, hot: list[int] | None = None, seed: int = 0) -> EagleDraft:
+def random_draft(folder, model_dir, hot: list[int] | None = None, seed: int = 0, kind: str = "eagle") -> EagleDraft:
     "Write an untrained draft for a target; for toys. `hot` defaults to every id (at most the first 4,096)."
-    config = draft_config(model_dir)
+    config = draft_config(model_dir, kind)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        draft = EagleDraft(config, list(range(min(4096, config["vocab_size"]))) if hot is None else hot)
+        draft = kinds()[kind](config, list(range(min(4096, config["vocab_size"]))) if hot is None else hot)
     draft.save(folder)
     return EagleDraft.load(folder)
+
+# %% ../nbs/11_eagle_draft.ipynb #e3a00002
+class Midlayer(DraftLayer):
+    "EAGLE-3's layer (Li et al. 2025, fig. 5): attention reads the normalised embedding beside the normalised state."
+    def __init__(self, c):
+        super().__init__(c, 2*c["hidden_size"])
+        self.input_layernorm, self.hidden_norm = (RMSNorm(c["hidden_size"], c["rms_norm_eps"]) for _ in "eh")
+    def forward(self, emb, state, positions, kv=None, mask=None):
+        x = state + self.self_attn(torch.cat([self.input_layernorm(emb), self.hidden_norm(state)], -1), positions, kv, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+class Eagle3Draft(EagleDraft):
+    "EAGLE-3: three fused layers of the target, own output norm and matrix over the hot tokens; `d2t` holds target id − draft id."
+    kind, feature_loss = "eagle3", False
+    def build(self, c):
+        H, V = c["hidden_size"], len(self.hot_tokens)
+        self.config = c | dict(draft_vocab_size=V)
+        self.fc, self.midlayer = nn.Linear(3*H, H, bias=False), Midlayer(c)
+        self.norm, self.lm_head = RMSNorm(H, c["rms_norm_eps"]), nn.Linear(H, V, bias=False)
+        self.register_buffer("d2t", self.hot_tokens - torch.arange(V))
+    def begin(self, feat): return self.fc(feat)   # [B, T, 3H] -> [B, T, H]
+    def forward(self, emb, feat, positions, kv=None, mask=None): return self.midlayer(emb, feat, positions, kv, mask)
+    def logits(self, guess, hot_head=None): return self.lm_head(self.norm(guess))
 
 # %% ../nbs/11_eagle_draft.ipynb #f7547a0f
 TEMPLATES = {
@@ -254,8 +308,8 @@ def chain_prompts(path, n_eval: int = 12, n_dev: int = 6) -> dict[str, list[dict
 # %% ../nbs/11_eagle_draft.ipynb #9e0e1c21
 class BatchTarget:
     "A Llama or Qwen3 model from transformers, stepped for a batch over a static cache."
-    def __init__(self, model, batch: int, length: int, kv_dtype=torch.float32):
-        self.m, self.c, self.kv_dtype = model.model, model.config, kv_dtype
+    def __init__(self, model, batch: int, length: int, kv_dtype=torch.float32, taps: list[int] = ()):  # taps: layers whose output is returned too
+        self.m, self.c, self.kv_dtype, self.taps = model.model, model.config, kv_dtype, taps
         D = getattr(self.c, "head_dim", None) or self.c.hidden_size//self.c.num_attention_heads
         self.dim, self.head = D, model.lm_head.weight
         shape = (len(self.m.layers), batch, self.c.num_key_value_heads, length, D)
@@ -280,8 +334,8 @@ class BatchTarget:
         return a.o_proj(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
 
     def step(self, ids, valid):
-        "Feed `ids` [B, T] (`valid` marks real tokens); return features [B, T, H]."
-        T = ids.shape[1]
+        "Feed `ids` [B, T] (`valid` marks real tokens); return features [B, T, H], after those of the taps: [B, T, (taps + 1)H]."
+        T, tapped = ids.shape[1], []
         self.valid[:, self.n:self.n + T] = valid
         seen = self.valid[:, :self.n + T]
         pos = (seen.cumsum(1) - 1).clamp(min=0)[:, self.n:]
@@ -292,8 +346,9 @@ class BatchTarget:
         for l, layer in enumerate(self.m.layers):
             x = x + self.attend(layer.self_attn, l, layer.input_layernorm(x), cos, sin, mask)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
+            if l in self.taps: tapped.append(x)
         self.n += T
-        return self.m.norm(x)
+        return torch.cat([*tapped, self.m.norm(x)], -1)
 
 # %% ../nbs/11_eagle_draft.ipynb #a2350aed
 def render(tok, prompt: str, mode: str) -> list[int]:
@@ -307,19 +362,19 @@ def stop_ids(model, tok) -> set[int]:
     return {i for i in [tok.eos_token_id, *(eos if isinstance(eos, list) else [eos])] if i is not None}
 
 @torch.inference_mode()
-def generate_batch(model, prompts: list[list[int]], temps: list[float], stop: set[int], max_new: int, seed: int, tick=None) -> list[dict]:
-    "Sample a batch; rows {ids, feats [len(ids)-1, H] bf16, start}. Temperature 0 is greedy."
+def generate_batch(model, prompts: list[list[int]], temps: list[float], stop: set[int], max_new: int, seed: int, tick=None, taps: list[int] = ()) -> list[dict]:
+    "Sample a batch; rows {ids, feats [len(ids)-1, (taps + 1)H] bf16, start}. Temperature 0 is greedy."
     B, L, dev = len(prompts), max(map(len, prompts)), model.device
     ids = torch.tensor([[0]*(L - len(p)) + p for p in prompts], device=dev)
     valid = torch.tensor([[0]*(L - len(p)) + [1]*len(p) for p in prompts], device=dev).bool()
     kv = torch.float32 if dev.type == "cpu" else model.dtype       # bf16 attention is slow on a CPU
-    bt, g = BatchTarget(model, B, L + max_new, kv), torch.Generator(dev).manual_seed(seed)
+    bt, g = BatchTarget(model, B, L + max_new, kv, taps), torch.Generator(dev).manual_seed(seed)
     feats = [bt.step(ids, valid)]
     rows, alive, done = [dict(ids=list(p), start=len(p)) for p in prompts], list(range(B)), set()
     kept = [[feats[0][r, L - len(p):].bfloat16()] for r, p in enumerate(prompts)]
     temp, last = torch.tensor(temps, device=dev)[:, None], feats[0][:, -1]
     for n in range(max_new):
-        logits = (last @ bt.head.T).float()
+        logits = (last[:, -bt.head.shape[1]:] @ bt.head.T).float()
         new, warm = logits.argmax(-1), temp[:, 0] > 0
         if warm.any(): new[warm] = torch.multinomial((logits[warm]/temp[warm]).softmax(-1), 1, generator=g)[:, 0]
         for r, t in zip(alive, new.tolist()):
@@ -340,10 +395,12 @@ def generate_batch(model, prompts: list[list[int]], temps: list[float], stop: se
 def estimate(config,             # the target's config
              prompt_tokens: int, # all prompts together
              new_tokens: int,    # most that can be generated
-             batch: int, length: int) -> dict:
+             batch: int, length: int,
+             states: int = 1,    # hidden states kept of a token: 1 in EAGLE-1, 4 in EAGLE-3 (three layers to read, the last to learn from), 0 online
+            ) -> dict:
     "MB on disk and in memory for features, cache and weights, before anything runs."
     D = getattr(config, "head_dim", None) or config.hidden_size//config.num_attention_heads
-    kept = (prompt_tokens + new_tokens)*(2*config.hidden_size + 4)/2**20
+    kept = (prompt_tokens + new_tokens)*(2*states*config.hidden_size + 4)/2**20
     weights = 2*config.num_hidden_layers*(4*config.hidden_size**2 + 3*config.hidden_size*config.intermediate_size)/2**20 + 2*config.vocab_size*config.hidden_size/2**20
     cache = (2 if torch.cuda.is_available() else 4)*2*config.num_hidden_layers*batch*config.num_key_value_heads*length*D/2**20
     return dict(planned_tokens=new_tokens, disk_mb=round(kept), generate_mb=round(weights + cache), train_mb=round(2*kept + 600))
@@ -356,8 +413,8 @@ def plan_answers(rows: int, temperatures: list[float], most: int, batch: int) ->
 
 def shard_path(work, n: int) -> Path: return Path(work)/f"shard_{n:04}.safetensors"
 
-def write_shards(target: str, rows: list[dict], plan: list, todo: list[int], work: str, max_new: int, seed: int, shown: bool = True) -> dict:
-    "Let the target write the shards numbered in `todo`, features kept."
+def write_shards(target: str, rows: list[dict], plan: list, todo: list[int], work: str, max_new: int, seed: int, taps: list[int], keep: bool, shown: bool = True) -> dict:
+    "Let the target write the shards numbered in `todo`; with `keep` its features stay."
     from tqdm.auto import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
     tok = AutoTokenizer.from_pretrained(target)
@@ -365,25 +422,31 @@ def write_shards(target: str, rows: list[dict], plan: list, todo: list[int], wor
     with tqdm(total=sum(len(plan[n]) for n in todo)*max_new, unit="tok", desc=f"target writes ({Path(work).name})", mininterval=1, disable=not shown) as bar:
         for n in todo:
             t, (which, temps) = time.monotonic(), zip(*plan[n])
-            made = generate_batch(model, [render(tok, rows[i]["prompt"], rows[i]["mode"]) for i in which], temps, stop_ids(model, tok), max_new, seed + n, tick=bar.update)
-            save_shard([r | dict(row=i) for r, i in zip(made, which)], shard_path(work, n), time.monotonic() - t)
+            made = generate_batch(model, [render(tok, rows[i]["prompt"], rows[i]["mode"]) for i in which], temps, stop_ids(model, tok), max_new, seed + n, tick=bar.update, taps=taps)
+            save_shard([r | dict(row=i, feats=r["feats"] if keep else None) for r, i in zip(made, which)], shard_path(work, n), time.monotonic() - t)
             bar.update(sum(max_new - len(r["ids"]) + r["start"] for r in made))      # answers that ended early
     return {}
 
 # %% ../nbs/11_eagle_draft.ipynb #1536c594
+def taps_of(kind: str, config) -> list[int]:
+    "The target's layers whose output a draft of this kind reads beside the final feature."
+    return aux_layers(config.num_hidden_layers) if kind == "eagle3" else []
+
 def make_data(target: str, rows: list[dict], work: str, max_new: int, batch: int, temperatures: list[float], token_budget: int,
-              budget_mb: int, seed: int) -> dict:
-    "Shards of the target's own text with features, written by one process a core (one in all on a GPU); continues where a killed run stopped."
+              budget_mb: int, seed: int, kind: str = "eagle", online: bool = False) -> dict:
+    "Shards of the target's own text with features (without, if `online`), written by one process a core (one in all on a GPU); continues where a killed run stopped."
     from transformers import AutoConfig, AutoTokenizer
     work, began, tok = Path(work), time.monotonic(), AutoTokenizer.from_pretrained(target)
     plan = plan_answers(len(rows), temperatures, token_budget//max_new, batch)
     size = [len(render(tok, r["prompt"], r["mode"])) for r in rows]
-    cost = estimate(AutoConfig.from_pretrained(target), sum(size[i] for shard in plan for i, _ in shard), sum(map(len, plan))*max_new, batch, max(size) + max_new)
+    config = AutoConfig.from_pretrained(target)
+    taps = [] if online else taps_of(kind, config)
+    cost = estimate(config, sum(size[i] for shard in plan for i, _ in shard), sum(map(len, plan))*max_new, batch, max(size) + max_new, 0 if online else 1 + len(taps))
     print("draft data:", cost, flush=True)
     if cost["disk_mb"] > budget_mb: raise UserError(f"features would take {cost['disk_mb']} MB, budget_mb is {budget_mb}. Lower token_budget or raise budget_mb.")
     todo = [n for n in range(len(plan)) if not shard_path(work, n).exists()]
     writers = 1 if torch.cuda.is_available() else max(1, min(torch.get_num_threads(), cost["planned_tokens"]//4000, len(todo)))
-    jobs = [dict(target=target, rows=rows, plan=plan, todo=todo[w::writers], work=str(work), max_new=max_new, seed=seed, shown=w == 0) for w in range(writers)]
+    jobs = [dict(target=target, rows=rows, plan=plan, todo=todo[w::writers], work=str(work), max_new=max_new, seed=seed, taps=taps, keep=not online, shown=w == 0) for w in range(writers)]
     if writers == 1 and todo: write_shards(**jobs[0])
     elif todo:
         with ThreadPoolExecutor(writers) as pool: list(pool.map(lambda w: launch("tpro_nb.eagle_draft:write_shards", jobs[w], work/f"writer{w}", threads=1), range(writers)))
@@ -393,9 +456,9 @@ def make_data(target: str, rows: list[dict], work: str, max_new: int, batch: int
 
 # %% ../nbs/11_eagle_draft.ipynb #eae40723
 def save_shard(rows: list[dict], path: Path, seconds: float):
-    "One safetensors file: tokens and features of all rows end to end, with lengths and where each answer starts."
-    t = dict(ids=torch.tensor([i for r in rows for i in r["ids"]], dtype=torch.int32), feats=torch.cat([r["feats"].cpu() for r in rows]).contiguous(),
-             length=torch.tensor([len(r["ids"]) for r in rows]), start=torch.tensor([r["start"] for r in rows]), row=torch.tensor([r["row"] for r in rows]))
+    "One safetensors file: tokens and features (where kept) of all rows end to end, with lengths and where each answer starts."
+    feats = {} if rows[0]["feats"] is None else dict(feats=torch.cat([r["feats"].cpu() for r in rows]).contiguous())
+    t = feats | dict(ids=torch.tensor([i for r in rows for i in r["ids"]], dtype=torch.int32), length=torch.tensor([len(r["ids"]) for r in rows]), start=torch.tensor([r["start"] for r in rows]), row=torch.tensor([r["row"] for r in rows]))
     new = int((t["length"] - t["start"]).sum())
     part = path.with_name(f".{path.name}.part")
     save_file(t, part, metadata=dict(new=str(new), seconds=f"{seconds:.2f}"))
@@ -405,12 +468,12 @@ def shard_info(path) -> dict:
     with safe_open(path, "pt") as f: return {k: float(v) if k == "seconds" else int(v) for k, v in f.metadata().items()}
 
 def load_data(work) -> list[dict]:
-    "Rows {row (of the prompts), ids, feats, start} of all shards in a folder."
+    "Rows {row (of the prompts), ids, feats (None where not kept), start} of all shards in a folder."
     out = []
     for path in sorted(Path(work).glob("shard_*.safetensors")):
         t, at, fa = load_file(path), 0, 0
         for L, start, row in zip(t["length"].tolist(), t["start"].tolist(), t["row"].tolist()):
-            out.append(dict(row=row, ids=t["ids"][at:at + L].long(), feats=t["feats"][fa:fa + L - 1], start=start))
+            out.append(dict(row=row, ids=t["ids"][at:at + L].long(), feats=t["feats"][fa:fa + L - 1] if "feats" in t else None, start=start))
             at, fa = at + L, fa + L - 1
     return out
 
@@ -444,15 +507,16 @@ def hot_tokens(tok, own: Counter,         # token counts of the target's own tex
     return [i for i in order if i in keep]
 
 # %% ../nbs/11_eagle_draft.ipynb #9a553ed2
-def collate(rows: list[dict], device="cpu") -> dict:
-    "Pad rows to a batch: inputs f_i and token i+1, goals f_{i+1} and token i+2, and where the goal is part of the answer."
+def collate(rows: list[dict], device="cpu", width: int = 0) -> dict:   # width: H, where rows hold the layers EAGLE-3 reads too
+    "Pad rows to a batch: inputs f_i (in EAGLE-3 the three layers at i) and token i+1, goals f_{i+1} and token i+2, and where the goal is part of the answer."
     T = max(len(r["ids"]) for r in rows) - 2
-    B, H = len(rows), rows[0]["feats"].shape[1]
-    feat, goal = torch.zeros(B, T, H, dtype=torch.bfloat16), torch.zeros(B, T, H, dtype=torch.bfloat16)
+    B, W = len(rows), rows[0]["feats"].shape[1]
+    H = width or W; read = slice(0, W - H or H)
+    feat, goal = torch.zeros(B, T, W - H or H, dtype=torch.bfloat16), torch.zeros(B, T, H, dtype=torch.bfloat16)
     token, label, mask = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.bool)
     for b, r in enumerate(rows):
         n = len(r["ids"]) - 2
-        feat[b, :n], goal[b, :n] = r["feats"][:n], r["feats"][1:n + 1]
+        feat[b, :n], goal[b, :n] = r["feats"][:n, read], r["feats"][1:n + 1, W - H:]
         token[b, :n], label[b, :n] = r["ids"][1:n + 1], r["ids"][2:n + 2]
         mask[b, max(0, r["start"] - 2):n] = True
     pos = torch.arange(T).expand(B, T)
@@ -468,41 +532,59 @@ def draft_loss(draft, b: dict, emb, hot_head, w_feat: float, w_token: float, noi
     "Weighted loss and its two parts over the answer's positions, averaged over `unroll` depths."
     feat, T, kv = b["feat"].float(), b["token"].shape[1], DraftKV() if unroll > 1 else None
     if noise: feat = feat + (torch.rand_like(feat) - .5)*2*noise*feat[b["mask"]].std()
-    total_f = total_t = 0.
+    feat, total_f, total_t = draft.begin(feat), 0., 0.
     for d in range(unroll):
         past = lambda x: torch.cat([x[:, d:], torch.zeros_like(x[:, :d])], 1)      # what lies d places further on
         mask = past(b["mask"]) & b["mask"]
         feat = draft(emb[past(b["token"])].float(), feat, b["pos"] + d, kv, rollout_mask(T, d + 1).to(feat.device) if d else None)
-        lf, lt = losses(feat[mask], past(b["goal"])[mask], hot_head)
-        total_f, total_t = total_f + lf/unroll, total_t + lt/unroll
-    return w_feat*total_f + w_token*total_t, total_f.detach(), total_t.detach()
+        part = share(mask)/unroll
+        lf, lt = losses(draft, feat[mask], past(b["goal"])[mask], hot_head)
+        total_f, total_t = total_f + part*lf, total_t + part*lt
+    return w_feat*total_f + w_token*total_t if draft.feature_loss else total_t, total_f.detach(), total_t.detach()
 
-def losses(guess, goal, hot_head, chunk: int = 8192):
+def losses(draft, guess, goal, hot_head, chunk: int = 8192):
     "Smooth L1 between features; soft cross-entropy between the token distributions they lead to (in chunks, since logits are large)."
     def cross(g, t):
         with torch.no_grad(): p = (t @ hot_head.T).float().softmax(-1)
-        return -(p*(g.to(hot_head.dtype) @ hot_head.T).float().log_softmax(-1)).sum()
+        return -(p*draft.logits(g, hot_head).float().log_softmax(-1)).sum()
     if len(guess) <= chunk: lt = cross(guess, goal)
     else: lt = sum(torch.utils.checkpoint.checkpoint(cross, g, t, use_reentrant=False) for g, t in zip(guess.split(chunk), goal.split(chunk)))
-    return F.smooth_l1_loss(guess.float(), goal.float()), lt/len(guess)
+    lf = F.smooth_l1_loss(guess.float(), goal.float(), reduction="sum") if draft.feature_loss else guess.new_zeros(())
+    return lf/max(1, guess.numel()), lt/max(1, len(guess))
+
+def share(mask) -> float:
+    "This process's positions over those of all, times their number: DDP's mean over processes is then the mean over positions."
+    if not dist.is_initialized(): return 1.0
+    n = mask.sum().float(); dist.all_reduce(n)
+    return float(mask.sum()*dist.get_world_size()/n.clamp(min=1))
 
 def rate(step: int, total: int, peak: float, warmup: int) -> float:
     "Linear warm-up, then a cosine to zero."
     return peak*min(1, (step + 1)/max(1, warmup))*.5*(1 + math.cos(math.pi*step/total))
 
-def update(draft, opt, b, emb, hot_head, w_feat, w_token, noise, clip, lr, unroll=1) -> tuple[float, float]:
-    "One optimiser step in bf16 autocast; the two loss parts."
-    for g in opt.param_groups: g["lr"] = lr
-    with torch.autocast(emb.device.type, dtype=torch.bfloat16): loss, lf, lt = draft_loss(draft, b, emb, hot_head, w_feat, w_token, noise, unroll)
-    opt.zero_grad(); loss.backward()
-    nn.utils.clip_grad_value_(draft.parameters(), clip)
-    opt.step()
-    return float(lf), float(lt)
+class Loss(nn.Module):
+    "`draft_loss` as a module, so that DDP sees one forward a step."
+    def __init__(self, draft): super().__init__(); self.draft = draft
+    def forward(self, *args): return draft_loss(self.draft, *args)
 
-def target_matrices(target: str, device="cpu"):
-    "The target's embedding and output matrix, bf16."
+def update(loss_of, opt, b, emb, hot_head, w_feat, w_token, noise, clip, lr, unroll=1) -> tuple[float, float]:
+    "One optimiser step in bf16 autocast; the two loss parts. loss_of: `Loss`, or DDP around it."
+    for g in opt.param_groups: g["lr"] = lr
+    with torch.autocast(emb.device.type, dtype=torch.bfloat16): loss, *parts = loss_of(b, emb, hot_head, w_feat, w_token, noise, unroll)
+    opt.zero_grad(); loss.backward()
+    nn.utils.clip_grad_value_(loss_of.parameters(), clip)
+    opt.step()
+    parts = torch.stack(parts)
+    if dist.is_initialized(): dist.all_reduce(parts); parts /= dist.get_world_size()
+    return tuple(parts.tolist())
+
+def target_model(target: str, device="cpu"):
     from transformers import AutoModelForCausalLM
-    m = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).to(device).eval()
+
+def target_matrices(target, device="cpu"):    # a folder or hub id, or the model
+    "The target's embedding and output matrix, bf16."
+    m = target_model(target) if isinstance(target, (str, Path)) else target
     return m.get_input_embeddings().weight.detach().to(device), m.get_output_embeddings().weight.detach().to(device)
 
 # %% ../nbs/11_eagle_draft.ipynb #0bdc55df
@@ -511,12 +593,12 @@ def heldout(draft, rows: list[dict], emb, head, depth: int = 4) -> dict:
     "Per row: scored positions, top-1 and top-3 hits, and for each depth tries and hits of the greedy chain."
     hot_head, out = head[draft.hot_tokens], []
     for r in sorted(rows, key=lambda r: r["row"]):
-        b, kv, n = collate([r], emb.device), DraftKV(), len(r["ids"])
-        token, feat, pos, T = b["token"], b["feat"].float(), b["pos"], b["token"].shape[1]
+        b, kv = collate([r], emb.device, emb.shape[1]), DraftKV()
+        token, feat, pos, T = b["token"], draft.begin(b["feat"].float()), b["pos"], b["token"].shape[1]
         alive, res = b["mask"][0], dict(row=r["row"], n=int(b["mask"].sum()), tries=[], hits=[])
         for d in range(1, depth + 1):
             feat = draft(emb[token].float(), feat, pos + d - 1, kv, rollout_mask(T, d).to(emb.device))
-            best = draft.hot_tokens[(feat[0].to(head.dtype) @ hot_head.T).float().topk(3).indices]
+            best = draft.hot_tokens[draft.logits(feat[0], hot_head).float().topk(3).indices]
             token = best[None, :, 0]
             label = torch.full((T,), -1, device=emb.device)
             label[:T - d + 1] = r["ids"].to(emb.device)[d + 1:]
@@ -527,6 +609,16 @@ def heldout(draft, rows: list[dict], emb, head, depth: int = 4) -> dict:
         out.append(res)
     return dict(rows=out, top1=sum(r["top1"] for r in out)/max(1, sum(r["n"] for r in out)), top3=sum(r["top3"] for r in out)/max(1, sum(r["n"] for r in out)),
                 depth=[sum(r["hits"][d] for r in out)/max(1, sum(r["tries"][d] for r in out)) for d in range(depth)])
+
+# %% ../nbs/11_eagle_draft.ipynb #e3a00006
+@torch.no_grad()
+def with_features(model, rows: list[dict], taps: list[int]) -> list[dict]:
+    "Rows with the features that one pass of the target over their text gives, as `generate_batch` keeps them."
+    L, dev = max(len(r["ids"]) for r in rows), model.device
+    ids = torch.stack([F.pad(r["ids"], (0, L - len(r["ids"]))) for r in rows]).to(dev)
+    valid = torch.tensor([[i < len(r["ids"]) for i in range(L)] for r in rows], device=dev)       # padding comes last, where nothing sees it
+    f = BatchTarget(model, len(rows), L, torch.float32 if dev.type == "cpu" else model.dtype, taps).step(ids, valid).bfloat16()
+    return [r | dict(feats=f[i, :len(r["ids"]) - 1]) for i, r in enumerate(rows)]
 
 # %% ../nbs/11_eagle_draft.ipynb #53f397b2
 class Fit:
@@ -541,40 +633,68 @@ class Fit:
         torch.save(dict(draft=self.draft.state_dict(), opt=self.opt.state_dict(), step=self.step, log=self.log, curve=self.curve, seconds=self.seconds), part)
         os.replace(part, self.path)
 
-def usable(folder: str) -> list[dict]:
-    "Rows of a data folder with at least three answer tokens; features must be finite."
+def usable(folder: str, online: bool = False) -> list[dict]:
+    "Rows of a data folder with at least three answer tokens; features must be there, unless `online`, and finite."
     rows = [r for r in load_data(folder) if len(r["ids"]) - r["start"] >= 3]
     if not rows: raise UserError(f"{folder} holds no answer of three tokens or more; raise max_new or the token budget.")
-    if not all(torch.isfinite(r["feats"]).all() for r in rows): raise UserError(f"features in {folder} are not finite. Delete it and run the stage again.")
+    if not online and any(r["feats"] is None for r in rows): raise UserError(f"{folder} holds tokens without features; train with online: true, or delete it and run the stage again.")
+    if not online and not all(torch.isfinite(r["feats"]).all() for r in rows): raise UserError(f"features in {folder} are not finite. Delete it and run the stage again.")
     return rows
+
+def joined() -> tuple[int, int]:
+    "This process's rank and their number; joins the group when torchrun started several."
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    if n > 1 and not dist.is_initialized():
+        if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if n > 1 and dist.get_world_size() != n: raise UserError(f"{n} processes were started, {dist.get_world_size()} talk to each other")
+    return (dist.get_rank(), n) if n > 1 else (0, 1)
+
+def new_draft(kind: str, target, hot: list[int], head) -> EagleDraft:
+    "An untrained draft; EAGLE-3's output matrix begins as the target's rows for the hot tokens."
+    draft = kinds()[kind](draft_config(target, kind), hot).to(head.device)
+    if kind == "eagle3": draft.lm_head.weight.data.copy_(head[draft.hot_tokens])
+    return draft
 
 # %% ../nbs/11_eagle_draft.ipynb #db054ca3
 def train(target: str, data: str, held: str, out: str, work: str, hot: list[int], epochs: int, lr: float, batch: int, w_feat: float, w_token: float,
-          noise: float, beta2: float, clip: float, warmup: int, depth: int, seed: int, unroll: int = 1, evals: int = 6, curve_rows: int = 16, save_s: float = 30.0, name: str = "draft") -> dict:
-    "Train a draft on shards made by `make_data`; write it to `out`; resume from `work`/last.pt."
+          noise: float, beta2: float, clip: float, warmup: int, depth: int, seed: int, unroll: int = 1, evals: int = 6, curve_rows: int = 16, save_s: float = 30.0,
+          name: str = "draft", kind: str = "eagle", online: bool = False) -> dict:
+    "Train a draft on shards made by `make_data`, its share of every batch where several processes do; write it to `out`; resume from `work`/last.pt."
     from tqdm.auto import tqdm
-    seed_everything(seed)
-    device, rows, test = "cuda" if torch.cuda.is_available() else "cpu", usable(data), usable(held)
-    emb, head = target_matrices(target, device)
-    draft = EagleDraft(draft_config(target), hot).to(device)
+    rank, world = joined(); seed_everything(seed)
+    device, rows, test = "cuda" if torch.cuda.is_available() else "cpu", usable(data, online), usable(held, online)
+    model = target_model(target, device); emb, head = target_matrices(model)
+    taps = taps_of(kind, model.config)
+    if online: test = [r for i in range(0, len(test), batch) for r in with_features(model, test[i:i + batch], taps)]
+    else: del model
+    wide = len(emb[0])*(1 + len(taps))
+    if any(r["feats"].shape[1] != wide for r in test + ([] if online else rows)): raise UserError(f"features in {data} were kept for another kind of draft than {kind}. Delete it and run the stage again.")
+    draft = new_draft(kind, target, hot, head)
+    loss_of = Loss(draft) if world == 1 else nn.parallel.DistributedDataParallel(Loss(draft))
     opt = torch.optim.AdamW(draft.parameters(), lr=lr, betas=(.9, beta2), weight_decay=.01, fused=True)
     fit, hot_head, per = Fit(draft, opt, Path(work)/"last.pt"), head[draft.hot_tokens], math.ceil(len(rows)/batch)
     total, every = per*epochs, max(1, per*epochs//evals)
     began, saved, before = time.monotonic(), time.monotonic(), fit.seconds
-    with tqdm(total=total, initial=fit.step, desc=f"train {name}", mininterval=1) as bar:
+    with tqdm(total=total, initial=fit.step, desc=f"train {name}", mininterval=1, disable=rank > 0) as bar:
         while fit.step < total:
             order = random.Random(f"{seed} {fit.step//per}").sample(range(len(rows)), len(rows))
-            b = collate([rows[i] for i in order[fit.step % per*batch:][:batch]], device)
-            torch.manual_seed(seed*1_000_003 + fit.step)
-            fit.curve.append([fit.step, *update(draft, opt, b, emb, hot_head, w_feat, w_token, noise, clip, rate(fit.step, total, lr, warmup), unroll)])
+            taken = order[fit.step % per*batch:][:batch]
+            taken += order[:max(0, world - len(taken))]            # nobody goes without
+            mine = [rows[i] for i in taken[rank::world]]
+            if online: mine = with_features(model, mine, taps)
+            b = collate(mine, device, emb.shape[1])
+            torch.manual_seed(seed*1_000_003 + fit.step + 7919*rank)
+            fit.curve.append([fit.step, *update(loss_of, opt, b, emb, hot_head, w_feat, w_token, noise, clip, rate(fit.step, total, lr, warmup), unroll)])
             fit.step += 1; bar.update()
-            if fit.step == total or (fit.step % every == 0 and total - fit.step >= every):
+            if rank == 0 and (fit.step == total or (fit.step % every == 0 and total - fit.step >= every)):
                 fit.log.append(dict(step=fit.step) | {k: v for k, v in heldout(draft, test[:curve_rows], emb, head, depth).items() if k != "rows"})
                 bar.set_postfix(top1=f"{fit.log[-1]['top1']:.3f}")
             fit.seconds = before + time.monotonic() - began
-            if time.monotonic() - saved > save_s: fit.save(); saved = time.monotonic()
+            if rank == 0 and time.monotonic() - saved > save_s: fit.save(); saved = time.monotonic()
+    if rank: return {}
     draft.save(out)
-    return dict(log=fit.log, curve=fit.curve, heldout=heldout(draft, test, emb, head, depth), seconds=round(fit.seconds, 1), steps=fit.step,
+    return dict(log=fit.log, curve=fit.curve, heldout=heldout(draft, test, emb, head, depth), seconds=round(fit.seconds, 1), steps=fit.step, world=world,
                 tokens=sum(len(r["ids"]) - r["start"] for r in rows), parameters=sum(p.numel() for p in draft.parameters()))
 
 # %% ../nbs/11_eagle_draft.ipynb #8a002ff6
@@ -611,7 +731,7 @@ def own_counts(rows: list[dict]) -> Counter: return Counter(i for r in rows for 
 
 # %% ../nbs/11_eagle_draft.ipynb #a2e72998
 def build_draft(target: str, prompts: dict, name: str, out: str, langs: list[str], data: dict, fit: dict, draft_vocab: int,
-                trial_lrs: list[float] = (), trial_epochs: int = 1) -> dict:
+                trial_lrs: list[float] = (), trial_epochs: int = 1, nproc: int = 1) -> dict:
     "Data, hot tokens, trial rates and training for one target; writes `out`/`name`, returns what was measured."
     from transformers import AutoTokenizer
     tok, out, held_rows = AutoTokenizer.from_pretrained(target), Path(out), prompts["dev"] + prompts["eval"]
@@ -627,7 +747,8 @@ def build_draft(target: str, prompts: dict, name: str, out: str, langs: list[str
 
     def fitted(label, **kw):
         place = base/f"{label}-{key_of(fit | kw, hot)}"
-        return place, cached(train, common | kw | dict(out=str(place/"draft"), work=str(place), name=f"{name} {label}"), place)
+        fn = train if nproc == 1 else lambda **c: launch("tpro_nb.eagle_draft:train", c, place/"job", nproc=nproc)
+        return place, cached(fn, common | kw | dict(out=str(place/"draft"), work=str(place), name=f"{name} {label}"), place)
     place, result = fitted("draft")
     EagleDraft.load(place/"draft", torch.bfloat16).save(out/name)
     trials = {f"{lr:g}": fitted(f"rate {lr:g}", lr=lr, epochs=trial_epochs, evals=1)[1] for lr in trial_lrs}
@@ -640,7 +761,8 @@ def grid(size: int) -> list[int]: return [max(1, size*k//16) for k in (1, 2, 4, 
 def plot_training(axes, result: dict, title: str):
     "Loss parts along training (left) and accuracy by depth on the development prompts (right)."
     c, log = np.array(result["fit"]["curve"]), result["fit"]["log"]
-    for col, name in [(1, "smooth L1 on features"), (2, "soft cross-entropy, nats")]: axes[0].plot(c[:, 0], c[:, col]/c[0, col], label=f"{name} (starts at {c[0, col]:.2f})", lw=1)
+    for col, name in [(1, "smooth L1 on features"), (2, "soft cross-entropy, nats")]:
+        if c[0, col]: axes[0].plot(c[:, 0], c[:, col]/c[0, col], label=f"{name} (starts at {c[0, col]:.2f})", lw=1)
     axes[0].set(xlabel="training step", ylabel="loss ÷ its first value", ylim=(0, 1.1), title=f"{title}: training loss"); axes[0].legend(fontsize=8)
     for d in range(len(log[0]["depth"])): axes[1].plot([l["step"] for l in log], [100*l["depth"][d] for l in log], "o-", ms=3, label=f"depth {d + 1}")
     axes[1].plot([l["step"] for l in log], [100*l["top3"] for l in log], "k--", lw=1, label="depth 1, among top 3")

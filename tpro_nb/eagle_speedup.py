@@ -2,23 +2,24 @@
 
 # %% auto #0
 __all__ = ['PAPER_20', 'PAPER_21', 'PAPER_SPEEDUP', 'PAPER_BREAK_EVEN', 'speedup', 'break_even', 'forward_times', 'tau',
-           'forecast', 'choose_tree', 'Clock', 'hf_events', 'meta', 'contestants', 'measure', 'totals', 'by_prompt',
-           'against', 'per', 'finite', 'speed_metrics', 'groups', 'write_csv', 'plot_domains', 'plot_scatter',
-           'acceptance_by_depth', 'plot_acceptance', 'plot_cost', 'prepared', 'end_ids']
+           'in_turn', 'middle', 'loop_times', 'choose_tree', 'judge_tree', 'more_prompts', 'Clock', 'hf_events', 'meta',
+           'contestants', 'measure', 'totals', 'by_prompt', 'against', 'per', 'finite', 'speed_metrics', 'groups',
+           'write_csv', 'plot_domains', 'plot_scatter', 'acceptance_by_depth', 'plot_acceptance', 'plot_cost',
+           'prepared', 'end_ids']
 
 # %% ../nbs/14_eagle_speedup.ipynb #7d5fa0e1
-import csv, hashlib, io, json, os, time
+import csv, hashlib, io, json, os, random, time
 from collections import defaultdict
 from pathlib import Path
 import numpy as np
 import torch
 from .core import Run, UserError, atomic_write, environment, launch, ratio_ci, read_json, read_jsonl, toy, write_json, write_jsonl
 from .eagle_decoding import Decoder, causal, load_target, spread, PROOF_PROMPTS
-from .eagle_draft import general_prompts, random_draft, render, stop_ids
+from .eagle_draft import PASSAGE, TEMPLATES, TOPICS, fill, general_prompts, random_draft, render, stop_ids
 
 # %% ../nbs/14_eagle_speedup.ipynb #fdbe7f46
-def speedup(tau, draft_ms, verify_ms, plain_ms): return tau*plain_ms/(draft_ms + verify_ms)
-def break_even(draft_ms, verify_ms, plain_ms): return (draft_ms + verify_ms)/plain_ms
+def speedup(tau: float, draft_ms: float, verify_ms: float, plain_ms: float) -> float: return tau*plain_ms/(draft_ms + verify_ms)
+def break_even(draft_ms: float, verify_ms: float, plain_ms: float) -> float: return (draft_ms + verify_ms)/plain_ms
 
 # %% ../nbs/14_eagle_speedup.ipynb #92f32df9
 PAPER_20 = [(3.55, 2.05), (3.37, 1.86), (3.31, 1.79), (3.10, 1.69), (3.23, 1.78), (3.20, 1.77), (2.94, 1.61), (2.85, 1.57), (4.09, 2.26), (3.76, 2.07),
@@ -42,25 +43,60 @@ def forward_times(dec: Decoder, sizes: list[int], rounds: int = 9, past: int = 1
 # %% ../nbs/14_eagle_speedup.ipynb #0e0ba68d
 def tau(events) -> float: return sum(len(e["accepted"]) + 1 for e in events)/len(events)
 
-def forecast(r: dict, times: dict[int, float]) -> dict:
-    "Verification time and speed-up that the cost model expects of one candidate."
-    v = float(np.interp(r["rows"], list(times), list(times.values())))
-    return dict(verify_ms=v, predicted=speedup(r["acceptance_length"], r["draft_ms"], v, times[1]))
-
-def choose_tree(dec: Decoder, dev: list[dict], shapes: list, new: int, eos, times: dict[int, float], tick=None) -> dict:
-    "Predicted speed-up of every candidate from development prompts; the best one first."
-    log = {tuple(s): [] for s in shapes}
-    for i, row in enumerate(dev):
+def in_turn(dec: Decoder, rows: list[dict], shapes: list, new: int, eos, tick=None) -> dict:
+    "shape (None: plain) → events of decoding the rows; the order rotates from row to row."
+    shapes = [s and tuple(s) for s in shapes]; log = {s: [] for s in shapes}
+    for i, row in enumerate(rows):
         for j in range(len(shapes)):
-            s = tuple(shapes[(i + j) % len(shapes)])
-            dec.generate(row["ids"], new, tree=s, eos=eos, events=log[s])
+            s = shapes[(i + j) % len(shapes)]
+            dec.generate(row["ids"], new, tree=s, eos=eos, events=log[s], meta=meta(row))
             if tick: tick()
-    out = []
+    return log
+
+def middle(events, key: str) -> float: return float(np.median([e[key] for e in events]))
+
+def loop_times(log: dict) -> dict[int, float]:
+    "Median ms of a verification step by its rows, over the events of all shapes, made non-decreasing."
+    from scipy.optimize import isotonic_regression
+    by = defaultdict(list)
+    for events in log.values():
+        for e in events: by[len(e["tree"]["tokens"])].append(e["verify_ms"])
+    q = sorted(by)
+    return dict(zip(q, isotonic_regression([np.median(by[k]) for k in q], weights=[len(by[k]) for k in q]).x.tolist()))
+
+def choose_tree(dec: Decoder, dev: list[dict], shapes: list, new: int, eos, tick=None) -> tuple[list[dict], dict[int, float]]:
+    "Every candidate on development prompts, the best speed-up first; and the ms of a verification step by its rows."
+    log = in_turn(dec, dev, [None, *shapes], new, eos, tick); times, out = loop_times(log), []
     for s, ev in log.items():
-        if not ev: continue
-        r = dict(tree=list(s), rows=float(np.mean([len(e["tree"]["tokens"]) for e in ev])), acceptance_length=tau(ev), draft_ms=float(np.median([e["draft_ms"] for e in ev])))
-        out.append(r | forecast(r, times))
-    return sorted(out, key=lambda r: -r["predicted"])
+        if s is None or not ev: continue
+        r = dict(tree=list(s), rows=float(np.mean([len(e["tree"]["tokens"]) for e in ev])), acceptance_length=tau(ev), draft_ms=middle(ev, "draft_ms"))
+        r["verify_ms"] = float(np.interp(r["rows"], list(times), list(times.values())))
+        out.append(r | dict(predicted=speedup(r["acceptance_length"], r["draft_ms"], r["verify_ms"], times[min(times)])))
+    if not out: raise UserError("no development prompt got an answer of two tokens: give other prompts, or a larger dev_tokens")
+    return sorted(out, key=lambda r: -r["predicted"]), times
+
+# %% ../nbs/14_eagle_speedup.ipynb #14a70002
+def judge_tree(dec: Decoder, rows: list[dict], shape, new: int, eos, seed: int = 0, tick=None) -> dict:
+    "Forecast for one tree: plain loop and tree in turn on fresh prompts; milliseconds are medians over steps, `predicted` has the interval of τ."
+    log = in_turn(dec, rows, [None, shape], new, eos, tick); plain, ev = log[None], log[tuple(shape)]
+    if not plain or not ev: return dict(tree=list(shape), prompts=0, predicted=None, predicted_lo=None, predicted_hi=None)
+    pairs = defaultdict(lambda: np.zeros(2))
+    for e in ev: pairs[e["request"]] += (len(e["accepted"]) + 1, 1)
+    t, ms = by_prompt(pairs, seed), dict(draft_ms=middle(ev, "draft_ms"), verify_ms=middle(ev, "verify_ms"), plain_ms=middle(plain, "verify_ms"))
+    both = lambda key, v: {key + e: finite(x) for e, x in zip(("", "_lo", "_hi"), v)}
+    return dict(tree=list(shape), prompts=len(pairs), **ms) | both("acceptance_length", t) | both("predicted", [speedup(x, **ms) for x in t])
+
+# %% ../nbs/14_eagle_speedup.ipynb #14a70004
+def more_prompts(dev: list[dict], seed: int) -> list[dict]:
+    "The topics of chapter 11's development prompts in its other templates; [] for other prompts, or another seed."
+    known, out = {r["prompt"] for r in dev}, []
+    topics = TOPICS | {"rewrite": [fill(p, random.Random(f"{seed} passage {i} {p}")) for p in PASSAGE for i in range(9)]}
+    for domain, templates in TEMPLATES.items():
+        for n, t in enumerate(random.Random(f"{seed} {domain}").sample(topics[domain], len(topics[domain]))):
+            made = [dict(id=f"{domain}-{n}-{j}", prompt=fill(tpl.replace("{t}", t), random.Random(f"{seed} {t} {j}")), domain=domain,
+                         lang="code" if domain == "code" else "en", mode="direct", template=j) for j, tpl in enumerate(templates)]
+            if known & {r["prompt"] for r in made}: out += [r for r in made if r["prompt"] not in known]
+    return sorted(out, key=lambda r: r["template"])
 
 # %% ../nbs/14_eagle_speedup.ipynb #7fbe733d
 class Clock:
@@ -99,18 +135,19 @@ def contestants(dec: Decoder, hf, shape, eos, temperature: float, seed: int) -> 
     return out
 
 # %% ../nbs/14_eagle_speedup.ipynb #7e66d2d9
-def measure(model: str, draft: str, rows: list[dict], dev: list[dict], shapes: list, new: int, dev_new: int, eos: list[int], sizes: list[int],
+def measure(model: str, draft: str, rows: list[dict], dev: list[dict], judge: list[dict], shapes: list, new: int, dev_new: int, judge_new: int, eos: list[int], sizes: list[int],
             baselines: int, sampled: int, temperature: float, context: int, device: str, name: str, work: str, seed: int = 0) -> dict:
-    "Choose the tree on `dev`, then measure on `rows`; events go to work/<name>.jsonl."
+    "Choose the tree on `dev`, forecast on `judge`, then measure on `rows`; events go to work/<name>.jsonl."
     from tqdm.auto import tqdm
     dec = Decoder(model, draft, "bfloat16", context=context, device=device)
     hf = load_target(model, torch.bfloat16).to(device) if baselines else None
     sizes = sorted({1, *sizes, *(s[2] + 1 for s in shapes)})
-    total = len(dev)*len(shapes) + 2*len(rows) + 2*sampled + 2*baselines
+    total = len(dev)*(1 + len(shapes)) + 2*len(judge) + 2*len(rows) + 2*sampled + 2*baselines
     with tqdm(total=total, desc=f"speed, {name}", unit="run", mininterval=1) as bar:
         dec.generate(rows[0]["ids"], 8, tree=tuple(shapes[0])); times = forward_times(dec, sizes)
-        tried = choose_tree(dec, dev, shapes, dev_new, eos, times, bar.update)
-        play = contestants(dec, hf, tuple(tried[0]["tree"]), eos, temperature, seed)
+        tried, loop = choose_tree(dec, dev, shapes, dev_new, eos, bar.update)
+        shape = tuple(tried[0]["tree"]); judged = judge_tree(dec, judge, shape, judge_new, eos, seed, bar.update)
+        play = contestants(dec, hf, shape, eos, temperature, seed)
         if hf is not None: [play[k](rows[0], 8) for k in ("transformers", "prompt_lookup")]      # warm
         events = []
         for i, row in enumerate(rows):
@@ -120,7 +157,7 @@ def measure(model: str, draft: str, rows: list[dict], dev: list[dict], shapes: l
                 events += [e | dict(run=n) for e in play[n](row, new)]; bar.update()
     write_jsonl(Path(work)/f"{name}.jsonl", [e | dict(target=name) for e in events])
     after = forward_times(dec, sizes)                            # shows the machine's drift; the forecast stays the one made before the run
-    return dict(tried=tried, forward_ms=times, forward_after=after, engine=dec.kind, threads=torch.get_num_threads())
+    return dict(tried=tried, judged=judged, loop_ms=loop, forward_ms=times, forward_after=after, engine=dec.kind, threads=torch.get_num_threads())
 
 # %% ../nbs/14_eagle_speedup.ipynb #343566a9
 def totals(events) -> dict:
@@ -163,8 +200,8 @@ def speed_metrics(T: dict, info: dict, target: str, prefix: str = "", seed: int 
     put("speedup", against(p, e, seed)); put("acceptance_length", per(e, "emitted", "steps", seed))
     rate = per(e, "accepted", "drafted", seed); put("acceptance_rate_pct", rate and [100*x for x in rate])
     put("draft_ms", per(e, "draft_ms", "steps", seed), False); put("verify_ms", per(e, "verify_ms", "steps", seed), False)
-    best = info["tried"][0] if info else None
-    out[prefix + "speedup_predicted"] = finite(best["predicted"]) if best else None
+    best = info["judged"] if info else {}
+    put("speedup_predicted", [best.get("predicted" + e) for e in ("", "_lo", "_hi")])
     out[prefix + "tree"] = "x".join(map(str, best["tree"])) if best else None
     d, v, m = (out[prefix + k] for k in ("draft_ms", "verify_ms", "plain_ms_per_token"))
     out[prefix + "break_even_acceptance_length"] = finite(break_even(d, v, m)) if m else None
@@ -207,15 +244,16 @@ def plot_domains(ax, rows, title):
     ax.set_yticks(range(len(rows)), names, fontsize=8); ax.set_xlabel("speed-up over plain decoding, same kernels (×)")
     ax.set_title(title, fontsize=9); ax.legend(fontsize=8, loc="lower right")
 
-def plot_scatter(ax, rows, own, title):
-    "Speed-up against acceptance length: the paper's points, its line, ours."
+def plot_scatter(ax, rows, own, pooled, title):
+    "Speed-up against acceptance length: the paper's points, its line; ours by domain, and pooled over prompts (target → τ, speed-up)."
     for pts, c, l in [(PAPER_20, "0.35", "paper, Table 20"), (PAPER_21, "0.7", "paper, Table 21")]: ax.scatter(*zip(*pts), s=14, color=c, label=l)
-    x = np.array([1, 4.3])
+    x = np.array([1, max([4.3] + [r["acceptance_length"] for r in rows])])
     ax.plot(x, x/PAPER_BREAK_EVEN, "k:", lw=1, label="paper: τ / 1.8")
     for t, c in [("base", "C0"), ("chain", "C1")]:
         pts = [(r["acceptance_length"], r["speedup"]) for r in rows if r["target"] == t]
         if pts: ax.scatter(*zip(*pts), s=22, color=c, label=f"this run, {t} target, by domain")
         if own.get(t): ax.plot(x, x/own[t], color=c, lw=1, label=f"this run, {t}: τ / {own[t]:.2f}")
+        if all(pooled.get(t) or [None]): ax.plot(*pooled[t], "*", color=c, ms=13, mec="k", mew=.7, label=f"this run, {t}, all prompts")
     ax.axhline(1, color="0.8", lw=1); ax.set(xlabel="acceptance length τ (tokens a verification step)", ylabel="speed-up (×)"); ax.set_title(title, fontsize=9); ax.legend(fontsize=7)
 
 # %% ../nbs/14_eagle_speedup.ipynb #8b8a7bf1
@@ -233,7 +271,7 @@ def plot_acceptance(axes, events, start: dict, bins: int, title):
         by = defaultdict(list)
         for e in ev: by[(e["position"] - start[t, e["request"]])//bins*bins].append(len(e["accepted"]) + 1)
         axes[1].plot([k + bins/2 for k in sorted(by)], [np.mean(by[k]) for k in sorted(by)], "o-", color=c, label=f"{t} target")
-    axes[0].set(xlabel="position d in the drafted path", ylabel="steps with at least d accepted (%)", ylim=(0, 100)); axes[0].legend(fontsize=8); axes[0].xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set(xlabel="position d in the drafted path", ylabel="steps with at least d accepted (%)", ylim=(0, 104)); axes[0].legend(fontsize=8); axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[1].axhline(3.39, color="k", ls=":", lw=1, label="paper's average τ, T = 0.8: 3.39"); axes[1].set(xlabel="position in the answer (tokens)", ylabel="acceptance length τ"); axes[1].legend(fontsize=8)
     axes[0].set_title(title, fontsize=9)
 
@@ -245,10 +283,11 @@ def plot_cost(axes, m: dict, info: dict):
     for i, (n, d, v) in enumerate(bars):
         axes[0].bar(i, v, color="C0", label="target pass" if not i else None); axes[0].bar(i, d, bottom=v, color="C3", label="draft" if n == "EAGLE" else None)
         axes[0].text(i, v + d, f"{v + d:.1f}", ha="center", va="bottom", fontsize=8)
-    axes[0].set_xticks(range(len(bars)), [b[0] for b in bars]); axes[0].set_ylabel("ms a token"); axes[0].legend(fontsize=8); axes[0].margins(y=.12)
+    axes[0].set_xticks(range(len(bars)), [b[0] for b in bars]); axes[0].set_ylabel("ms a token"); axes[0].legend(fontsize=8); axes[0].set_ylim(0, 1.15*max(d + v for _, d, v in bars))
     t = {int(k): v for k, v in info["forward_ms"].items()}; after = {int(k): v for k, v in info["forward_after"].items()}
-    axes[1].plot(list(t), list(t.values()), "o-", label="before the runs"); axes[1].plot(list(after), list(after.values()), "o--", color="0.6", label="after them")
-    axes[1].set(xlabel="rows of the pass (tree size, root included)", ylabel="ms a target pass, head included", ylim=(0, None)); axes[1].legend(fontsize=8)
+    axes[1].plot(list(t), list(t.values()), "o-", label="single passes, before the runs"); axes[1].plot(list(after), list(after.values()), "o--", color="0.6", label="the same after them")
+    if loop := {int(k): v for k, v in info.get("loop_ms", {}).items()}: axes[1].plot(list(loop), list(loop.values()), "s-", color="C2", label="steps of the loop, before")
+    axes[1].set(xlabel="rows of the pass (tree size, root included)", ylabel="ms a target pass or verification step", ylim=(0, None)); axes[1].legend(fontsize=8)
 
 # %% ../nbs/14_eagle_speedup.ipynb #4da4f2ff
 def prepared(model_dir, rows: list[dict], n: int) -> list[dict]:

@@ -217,7 +217,7 @@ def reference_status(root: Path, profile: str) -> list[Status]:
     params = load_params(root, profile)
     out = []
     for stage, keys in code_keys(root, params).items():
-        f = root/"outputs"/"reference"/profile/stage/"stamp.json"
+        f = root/"outputs"/"reference"/Path(params[stage]["run_dir"]).name/stage/"stamp.json"
         s = read_json(f) if f.exists() else None
         out.append(Status(stage, "missing") if s is None else
                    Status(stage, "current", "", s) if s["code_key"]["key"] == keys["key"] else Status(stage, "stale", why_differs(s["code_key"], keys), s))
@@ -373,10 +373,11 @@ def _inputs_now(folder: Path, stage: str, names: list[str], done: dict[str, Stat
 PUBLISHED, LIMIT_KB = {".ipynb", ".png", ".json", ".csv", ".md", ".sh"}, 600
 
 def publish(root: Path, profile: str, say=print) -> Path:
-    "Copy the small files of a finished run to outputs/reference/<profile>."
+    "Copy the small files of a finished run to outputs/reference/<name of its folder>."
     if bad := [s for s in status(root, profile) if s.state != "current"]:
         raise UserError(f"not publishing {profile}: " + "; ".join(f"{s.stage} is {s.state}" for s in bad[:4]) + f". Run tpro-nb run {profile} first.")
-    src, dst = root/next(iter(load_params(root, profile).values()))["run_dir"], root/"outputs"/"reference"/profile
+    src = root/next(iter(load_params(root, profile).values()))["run_dir"]
+    dst = root/"outputs"/"reference"/src.name
     shutil.rmtree(dst, ignore_errors=True)
     kb = 0
     for f in sorted([*src.glob("[0-9]*/*"), *src.glob("*.html"), *src.glob("seeds.csv")]):
@@ -428,7 +429,8 @@ def parser() -> argparse.ArgumentParser:
     for name, what in FORWARDED.items(): sub.add_parser(name, help=what, add_help=False)
     return p
 
-FORWARDED = dict(serve="an OpenAI-compatible server (demo extra)", playground="the chat page (demo extra)", ablate="eight cells of the chain, parts switched off, effects with intervals (eval extra)")
+FORWARDED = dict(serve="an OpenAI-compatible server (demo extra)", playground="the chat page (demo extra)", ablate="eight cells of the chain, parts switched off, effects with intervals (eval extra)",
+                 grid="base against dense vocabulary, with and without a draft, on nano models")
 
 # %% ../nbs/90_pipeline.ipynb #d840f784
 def checkout() -> Path:
@@ -492,7 +494,7 @@ def cmd_doctor(a):
     return 2 if got["problems"] else 0
 
 def forward(command: str, rest: list[str]):
-    "`serve`, `playground` and `ablate` have arguments, and dependencies, of their own."
+    "`serve`, `playground`, `ablate` and `grid` have arguments of their own; all but the last have dependencies, too."
     try: module = importlib.import_module(dict(serve="tpro_nb.server").get(command, f"tpro_nb.{command}"))
     except ImportError as e:
         raise UserError(f"`tpro-nb {command}` cannot start: {e}. It needs the demo extra: pip install 'tpro_nb[demo]', or in a clone .venv/bin/pip install -e '.[demo]'") from e

@@ -2,8 +2,10 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'VERDICTS', 'Benchmark', 'Model', 'registry', 'prompts', 'paper_figure', 'options_of', 'load_benchmark',
-           'whole_set', 'load_mera', 'run_sheet', 'claim_folder', 'read_reply', 'ask_endpoint', 'ask_folder',
-           'grade_letter', 'rescore', 'lm_eval_task', 'lm_eval', 'length_controlled', 'arena', 'main']
+           'whole_set', 'load_mera', 'load_arena', 'run_sheet', 'claim_folder', 'read_reply', 'ask_endpoint',
+           'ask_folder', 'grade_letter', 'grade_text', 'last_words', 'rescore', 'against', 'submission', 'lm_eval_task',
+           'lm_eval', 'length_controlled', 'arena', 'baseline_answers', 'read_judgement', 'judge', 'listing',
+           'arguments', 'finish', 'main']
 
 # %% ../nbs/10_public_benchmarks.ipynb #b10a0003
 import argparse, csv, hashlib, json, re
@@ -15,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from .core import UserError, launch, ratio_ci, read_json, read_jsonl, write_json, write_jsonl
 from .data import Endpoint, Kept, Unanswered
-from .evaluation import accuracy, check_problems, model_digest, score, table, whole_lines
+from .evaluation import accuracy, by_problem, check_problems, model_digest, paired, score, table, whole_lines
 from .tmath import after_think, clean, final_answer, load_rows
 
 # %% ../nbs/10_public_benchmarks.ipynb #b10a0006
@@ -75,8 +77,8 @@ def load_benchmark(b: Benchmark, path: str,             # .jsonl, .parquet or hu
                    rows: int | None = None,             # expected rows; None: the registry's, 0: any
                   ) -> list[dict]:                      # problem_id, question (as asked), verifiable_answer, options
     "Problems of a benchmark's file, or a UserError that says what is wrong with it."
-    if b.answer in ("code", "judged"): raise UserError(f"{b.id}: {b.note or 'it is judged, not graded'}; see `arena` for judged sets")
-    if b.answer == "mera": return load_mera(path)
+    if b.answer == "code": raise UserError(f"{b.id}: {b.note}")
+    if b.answer in ("mera", "judged"): return whole_set(b, (load_mera if b.answer == "mera" else load_arena)(path), path, rows)
     f, out = b.fields | (fields or {}), []
     need = [c for c in f.values() for c in (c if isinstance(c, list) else [c])]
     for i, r in enumerate(load_rows(path)):
@@ -90,9 +92,10 @@ def load_benchmark(b: Benchmark, path: str,             # .jsonl, .parquet or hu
 
 def whole_set(b: Benchmark, out: list[dict], path, rows: int | None) -> list[dict]:
     "The problems, if none is twice and none is lost."
+    if not out: raise UserError(f"{path}: no questions in it")
     check_problems(out)
     same = [q for q, n in Counter(p["question"] for p in out).items() if n > 1]
-    if same: raise UserError(f"{path}: one question under two ids: {same[0][:80]!r}")
+    if same and b.answer != "mera": raise UserError(f"{path}: one question under two ids: {same[0][:80]!r}")
     expected = b.rows if rows is None else rows
     if expected and len(out) != expected: raise UserError(f"{path}: {len(out)} rows, and {b.id} has {expected}. A part of a set has another difficulty; say rows={len(out)} if it is meant.")
     return out
@@ -107,7 +110,14 @@ def load_mera(path: str) -> list[dict]:
             asked = re.sub(r"\{(\w+)\}", lambda m: str(holes[m[1]]), r["instruction"])
             out.append(dict(problem_id=f"MERA-{r['meta']['id']}", question=asked, verifiable_answer=str(r.get("outputs") or "").strip(), options=[], family="MERA", steps=0))
         except (KeyError, TypeError) as e: raise UserError(f"{path}, row {i}: not MERA's form (instruction, inputs, outputs, meta.id); {type(e).__name__}: {e}") from e
-    check_problems(out)
+    return out
+
+def load_arena(path: str) -> list[dict]:
+    "Rows of an Arena-Hard file: question_id and turns (v0.1), or uid and prompt (v2)."
+    out = []
+    for i, r in enumerate(load_rows(path)):
+        try: out.append(dict(problem_id=f"arena-{r['uid'] if 'uid' in r else r['question_id']}", question=str(r["prompt"] if "prompt" in r else r["turns"][0]["content"]).strip(), verifiable_answer="", options=[], family="arena", steps=0))
+        except (KeyError, TypeError, IndexError) as e: raise UserError(f"{path}, row {i}: not the form of Arena-Hard (question_id and turns, or uid and prompt); {type(e).__name__}: {e}") from e
     return out
 
 # %% ../nbs/10_public_benchmarks.ipynb #b10a0017
@@ -131,6 +141,7 @@ def claim_folder(out: Path, sheet: dict) -> str:
 def read_reply(raw: dict, opens: bool = False) -> dict:
     "response, finished, tokens of a chat completion; ValueError, KeyError or TypeError where it is none."
     choice = raw["choices"][0]; message, why = choice["message"], choice["finish_reason"]
+    if why in ("content_filter", "blacklist"): return dict(response="", finished=True, tokens=(raw.get("usage") or {}).get("completion_tokens"))
     if why not in ("stop", "length", "eos"): raise ValueError(f"finish_reason {why!r}")
     text, thought = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning") or ""
     if not isinstance(text, str) or not isinstance(thought, str): raise TypeError("content is no text")
@@ -147,8 +158,8 @@ def ask_endpoint(b: Benchmark, problems: list[dict], out: Path,
     "Ask k times (0: the registry's number), keep every raw answer, write samples.jsonl; asks only for what is missing."
     switch, opens = (model.switch, model.opens) if model else ("template", False)
     if (switch, mode) in (("always", "direct"), ("never", "think")): raise UserError(f"{model.id} has no {mode} mode")
-    name = endpoint.split(" ", 1)[-1]
-    key = claim_folder(out, run_sheet(b, problems, name, mode, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, switch=switch, opens=opens))
+    url, _, name = endpoint.strip().partition(" ")
+    key = claim_folder(out, run_sheet(b, problems, name, mode, endpoint=url, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, switch=switch, opens=opens))
     asks = [(p, s) for s in range(k or b.samples) for p in problems]
     extra = dict(chat_template_kwargs=dict(enable_thinking=mode == "think")) if switch == "template" else {}
     bodies = [dict(messages=[dict(role="user", content=p["question"])], temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed + s, **extra) for p, s in asks]
@@ -178,15 +189,28 @@ def grade_letter(response: str, answer: str, n: int, finished: bool = True) -> s
     if text is None: return "truncated"
     said = final_answer(text)
     if said is None: return "unparsed" if finished else "truncated"
-    said = re.sub(r"\\text\{(.*)\}", r"\1", clean(said)).translate(_LOOKS)
+    said = re.sub(r"(?i)^(?:вариант|буква|option)\s+", "", re.sub(r"\\text\{(.*)\}", r"\1", clean(said))).translate(_LOOKS)
     if not (m := re.match(r"\(?([A-J])(?![A-Za-zА-яЁё0-9])", said)) or m[1] not in LETTERS[:n] or set(re.findall(r"(?<![A-Za-zА-яЁё])[A-J](?![A-Za-zА-яЁё])", said)) - {m[1]}: return "unparsed"
     return "correct" if m[1] == answer else "wrong"
+
+def grade_text(response: str, answer: str, finished: bool = True) -> str:
+    "The same by exact match of the final answer (or, without one, of all that follows the thoughts), as MERA's own tasks do."
+    if after_think(response) is None or not finished: return "truncated"
+    said = last_words(response).rstrip(".")
+    return "unparsed" if not said else "correct" if said.casefold() == answer.rstrip(".").casefold() else "wrong"
+
+def last_words(response: str) -> str:
+    "The final answer, or all that follows the thoughts; empty where they never end."
+    text = after_think(response) or ""
+    return (final_answer(text) or text).strip()
 
 def rescore(b: Benchmark, problems: list[dict], out: Path,
             k: int = 0,                     # first k samples of each problem; 0: all that there are
            ) -> tuple[dict, list[dict]]:    # one line of `evaluation.table`, and the scored rows
     "Score a run's kept samples."
+    if not (Path(out)/"run.json").exists(): raise UserError(f"{out} holds no run (no run.json)")
     sheet, rows = read_json(Path(out)/"run.json"), whole_lines(Path(out)/"samples.jsonl")
+    if bad := [i for i, r in enumerate(rows) if not isinstance(r, dict) or {"key", "model", "mode", "problem_id", "sample", "response", "finished"} - r.keys()]: raise UserError(f"{out}/samples.jsonl, row {bad[0]}: not a sample of this chapter")
     now = run_sheet(b, problems, "", "")
     if (sheet["benchmark"], sheet["questions"]) != (b.id, now["questions"]): raise UserError(f"{out} was asked other questions ({sheet['benchmark']}, {sheet['problems']}) than these ({b.id}, {len(problems)}): another set, or its file has changed. Score it with the file it was asked from.")
     if len({r["key"] for r in rows}) > 1: raise UserError(f"{out}/samples.jsonl mixes {len({r['key'] for r in rows})} runs")
@@ -195,10 +219,32 @@ def rescore(b: Benchmark, problems: list[dict], out: Path,
     k = k or max((r["sample"] + 1 for r in rows), default=0)
     rows = [r for r in rows if r["sample"] < k]
     if not rows or len(rows) != k*len(problems): raise UserError(f"{out}: {len(rows)} of {k*len(problems)} samples are there, so some problems would weigh less. Ask again (only what is missing is asked), or say k= for whole passes.")
-    if any(not p["verifiable_answer"] for p in problems): raise UserError(f"{b.id}: the answers are closed; send the samples in as a submission")
     by = {p["problem_id"]: p for p in problems}
-    scored = score(rows, problems) if b.answer != "letter" else [r | dict(verdict=grade_letter(r["response"], by[r["problem_id"]]["verifiable_answer"], len(by[r["problem_id"]]["options"]), r["finished"])) for r in rows]
-    return table(scored)[0] | dict(benchmark=b.id, k=k), scored
+    if strangers := {r["problem_id"] for r in rows} - by.keys(): raise UserError(f"{out}/samples.jsonl answers {min(strangers)}, which was not asked")
+    if any(not p["verifiable_answer"] for p in problems): raise UserError(f"{b.id}: " + ("it is judged; see `judge`" if b.answer == "judged" else "the answers are closed; send the samples in as a submission"))
+    def verdict(r):
+        p = by[r["problem_id"]]
+        return grade_letter(r["response"], p["verifiable_answer"], len(p["options"]), r["finished"]) if b.answer == "letter" else grade_text(r["response"], p["verifiable_answer"], r["finished"])
+    scored = [r | dict(verdict=verdict(r)) for r in rows] if b.answer in ("letter", "mera") else score(rows, problems)
+    voting = [r | dict(response=said and f"Ответ: {said}") for r in scored for said in [last_words(r["response"])]] if b.answer == "mera" else scored      # a bare answer has a vote too
+    return table(voting)[0] | dict(benchmark=b.id, k=k), scored
+
+# %% ../nbs/10_public_benchmarks.ipynb #b10a0042
+def against(b: Benchmark, problems: list[dict], one: Path, two: Path) -> dict:
+    "Paired difference of two runs' avg@k on the same questions, one − two: interval, p, minimum detectable difference, in points."
+    a, c = (by_problem(rescore(b, problems, o)[1]) for o in (one, two))
+    got = paired([a[p] for p in a], [c[p] for p in a])
+    return {k: v if v is None or k in ("n", "p") else 100*v for k, v in got.items()}
+
+def submission(problems: list[dict], out: Path, task: str) -> Path:
+    "MERA's file for one task, <out>/<task>.json, from the first sample of each question: final answers under their ids."
+    if not all(p["family"] == "MERA" for p in problems): raise UserError("a submission is MERA's; these questions are not")
+    said = {r["problem_id"]: last_words(r["response"]) for r in whole_lines(Path(out)/"samples.jsonl") if r["sample"] == 0}
+    if lost := [p["problem_id"] for p in problems if p["problem_id"] not in said]: raise UserError(f"{out}: {len(lost)} of {len(problems)} questions have no answer (first: {lost[0]}); ask again before sending it in")
+    number = lambda s: int(s) if s.isdigit() else s
+    rows = [dict(outputs=said[p["problem_id"]], meta=dict(id=number(p["problem_id"].removeprefix("MERA-")))) for p in problems]
+    write_json(Path(out)/f"{task}.json", dict(data=dict(test=rows)))
+    return Path(out)/f"{task}.json"
 
 # %% ../nbs/10_public_benchmarks.ipynb #b10a0031
 def lm_eval_task(b: Benchmark, problems: list[dict], folder: Path, kind: str = "choice", max_tokens: int = 512) -> str:
@@ -243,7 +289,9 @@ def arena(rows: list[dict],         # prompt_id, order ("model_first" | "baselin
           resamples: int = 200, seed: int = 0) -> dict:
     "Win rate in percent over a baseline, plain and at equal length, with intervals over prompts."
     by = {}
+    if not rows: raise UserError("no judgements")
     for r in rows:
+        if lost := {"prompt_id", "order", "verdict", "model_chars", "baseline_chars"} - r.keys(): raise UserError(f"a judgement lacks {', '.join(sorted(lost))}")
         if r["verdict"] not in VERDICTS: raise UserError(f"{r['prompt_id']}: the judge said {r['verdict']!r}, which is none of {', '.join(VERDICTS)}")
         if r["order"] in by.setdefault(r["prompt_id"], {}): raise UserError(f"{r['prompt_id']}: {r['order']} was judged twice")
         v = VERDICTS[r["verdict"]]; by[r["prompt_id"]][r["order"]] = (v if r["order"] == "model_first" else 1 - v, r["model_chars"] - r["baseline_chars"])
@@ -256,27 +304,91 @@ def arena(rows: list[dict],         # prompt_id, order ("model_first" | "baselin
     return dict(prompts=n, win_pct=100*plain[0], win_pct_lo=100*plain[1], win_pct_hi=100*plain[2], lc_win_pct=100*length_controlled(won.ravel(), longer.ravel()),
                 lc_win_pct_lo=100*np.percentile(sims, 2.5), lc_win_pct_hi=100*np.percentile(sims, 97.5), first_place_pct=100*float(np.mean(np.r_[won[:, 0], 1 - won[:, 1]])))
 
+# %% ../nbs/10_public_benchmarks.ipynb #b10a0046
+def baseline_answers(path: str, problems: list[dict]) -> dict[str, str]:
+    "Problem id → the baseline's answer, from a file of {uid or question_id, answer} or of Arena-Hard's own model answers."
+    out = {}
+    for i, r in enumerate(load_rows(path)):
+        try: pid, text = f"arena-{r['uid'] if 'uid' in r else r['question_id']}", r["answer"] if "answer" in r else r["choices"][0]["turns"][0]["content"] if "choices" in r else r["messages"][-1]["content"]
+        except (KeyError, TypeError, IndexError) as e: raise UserError(f"{path}, row {i}: no answer of a baseline (uid or question_id, and answer); {type(e).__name__}: {e}") from e
+        if pid in out: raise UserError(f"{path}: {pid} is answered twice")
+        out[pid] = after_think(str(text.get("answer", "") if isinstance(text, dict) else text)) or ""
+    if lost := [p["problem_id"] for p in problems if not out.get(p["problem_id"], "").strip()]: raise UserError(f"{path}: the baseline has no answer to {len(lost)} questions (first: {lost[0]})")
+    return out
+
+def read_judgement(raw: dict) -> str:
+    "The verdict of a judge's reply; ValueError where it gives none or several."
+    found = set(re.findall(r"\[\[([AB<>=]+)\]\]", after_think(read_reply(raw)["response"]) or ""))
+    if len(found) != 1 or not found <= VERDICTS.keys(): raise ValueError(f"no single verdict: {sorted(found)}")
+    return found.pop()
+
+def judge(problems: list[dict], out: Path, baseline: str, endpoint: str, max_tokens: int = 4096, **net) -> dict:
+    "Judge a run's first samples against a baseline's file, both orders; raw judgements are kept in <out>/judge.jsonl. Returns `arena`'s figures."
+    theirs, rows = baseline_answers(baseline, problems), whole_lines(Path(out)/"samples.jsonl")
+    ours = {r["problem_id"]: (after_think(r["response"]) or "").strip() for r in rows if r["sample"] == 0}
+    if lost := [p["problem_id"] for p in problems if p["problem_id"] not in ours]: raise UserError(f"{out}: {len(lost)} of {len(problems)} questions have no answer (first: {lost[0]}); ask again first")
+    asks = [(p, o) for p in problems for o in ("model_first", "baseline_first")]
+    def body(p, order):
+        pair = [ours[p["problem_id"]] or "(ответа нет)", theirs[p["problem_id"]]]
+        a, b = pair if order == "model_first" else pair[::-1]
+        return dict(messages=[dict(role="user", content=prompts()["judge_ru"].format(question=p["question"], a=a, b=b))], temperature=0, max_tokens=max_tokens)
+    def keep(raw): read_judgement(raw); return raw
+    got = Endpoint(endpoint, Kept(Path(out)/"judge.jsonl"), **net).ask("/chat/completions", [body(*x) for x in asks], keep)
+    silent = Counter(str(g) for g in got if isinstance(g, Unanswered))
+    if silent: raise UserError(f"{sum(silent.values())} of {len(asks)} judgements are missing ({silent.most_common(1)[0][0]}). The others are kept; call again, only the missing ones are asked.")
+    judged = [dict(prompt_id=p["problem_id"], order=o, verdict=read_judgement(g), model_chars=len(ours[p["problem_id"]]), baseline_chars=len(theirs[p["problem_id"]])) for (p, o), g in zip(asks, got)]
+    write_jsonl(Path(out)/"judged.jsonl", judged)
+    return arena(judged) | dict(judge=endpoint.strip().partition(" ")[2], no_answer_pct=100*sum(not ours[p["problem_id"]] for p in problems)/len(problems))
+
 # %% ../nbs/10_public_benchmarks.ipynb #b10a0039
-def main(argv: list[str] | None = None) -> int:
-    "Ask a benchmark's questions and score the answers."
+def listing() -> str:
+    "The registry as text: what a set is, where it is, and what the paper prints for T-pro 2.0 on it."
+    pro, at = registry("models")["T-pro-it-2.0"], "\n    "
+    return "\n".join(f"{b.id}: {b.rows or 'rows not stated'}{' rows' if b.rows else ''}, {b.language}, {b.answer}; {b.metric}; k = {b.samples}; paper {paper_figure(b, pro)}{at}{b.source}{at}licence: {b.licence}{at + b.note if b.note else ''}" for b in registry().values())
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser("tpro_nb.public_benchmarks", description=main.__doc__)
-    p.add_argument("benchmark"); p.add_argument("file"); p.add_argument("out")
-    p.add_argument("--endpoint", default="", help="'URL model'; without it --path is sampled in process"); p.add_argument("--path", default="")
+    p.add_argument("benchmark", nargs="?", default=""); p.add_argument("file", nargs="?", default="", help=".jsonl, .parquet or hub id"); p.add_argument("out", nargs="?", default="", help="the run's folder")
+    p.add_argument("--list", action="store_true", help="the registry"); p.add_argument("--endpoint", default="", help="'URL model'; without it --path is sampled in process"); p.add_argument("--path", default="", help="a model's folder or hub id")
     p.add_argument("--model", default="", help="its id in tables/models.yaml"); p.add_argument("--mode", default="think", choices=["think", "direct"])
-    p.add_argument("--k", type=int, default=0); p.add_argument("--rows", type=int); p.add_argument("--temperature", type=float, default=.6)
-    p.add_argument("--max-tokens", type=int, default=32768); p.add_argument("--seed", type=int, default=0); p.add_argument("--workers", type=int, default=8)
-    a = p.parse_args(argv)
+    p.add_argument("--k", type=int, default=0, help="samples a question; 0: the registry's"); p.add_argument("--rows", type=int, help="rows the file should have; 0: any"); p.add_argument("--temperature", type=float, default=.6)
+    p.add_argument("--max-tokens", type=int, default=32768); p.add_argument("--seed", type=int, default=0); p.add_argument("--workers", type=int, default=8, help="questions asked at a time")
+    p.add_argument("--against", default="", help="another run's folder on the same file: paired test"); p.add_argument("--task", default="", help="MERA: the task's name in the submission")
+    p.add_argument("--baseline", default="", help="judged sets: file of the baseline's answers"); p.add_argument("--judge", default="", help="judged sets: 'URL model' of the judge"); p.add_argument("--lm-eval", default="", choices=["choice", "generate"])
+    return p.parse_args(argv)
+
+# %% ../nbs/10_public_benchmarks.ipynb #b10a0048
+def finish(a: argparse.Namespace, b: Benchmark, m: Model | None, problems: list[dict], out: Path):
+    "Judge, pack or score a run that was asked, and print the result."
+    if b.answer == "judged":
+        if not (a.judge and a.baseline): raise UserError(f"{b.id} is judged: the answers are in {out}; give --baseline FILE and --judge 'URL model'")
+        got = judge(problems, out, a.baseline, a.judge, workers=a.workers); write_json(out/"score.json", got)
+        return print(f"{b.id} {a.model or a.endpoint.split()[-1]}: wins {got['win_pct']:.1f} % [{got['win_pct_lo']:.1f}, {got['win_pct_hi']:.1f}], at equal length {got['lc_win_pct']:.1f} % [{got['lc_win_pct_lo']:.1f}, {got['lc_win_pct_hi']:.1f}], first place favoured {got['first_place_pct']:.0f} %, judge {got['judge']}")
+    if b.answer == "mera" and not all(p["verifiable_answer"] for p in problems): return print(f"the answers are closed; MERA's file: {submission(problems, out, a.task or Path(a.file).stem)}")
+    line, _ = rescore(b, problems, out); write_json(out/"score.json", line)
+    print(f"{b.id} {line['model']} {line['mode']}: avg@{line['k']} {line['avg_at_k']:.3f} [{line['avg_at_k_lo']:.3f}, {line['avg_at_k_hi']:.3f}], wrong {line['wrong_pct']:.0f} %, unparsed {line['unparsed_pct']:.0f} % (empty {line['empty_pct']:.0f} %), truncated {line['truncated_pct']:.0f} %; paper {paper_figure(b, m) if m else 'unknown'}, with settings it does not print")
+    if a.against:
+        d = against(b, problems, out, Path(a.against)); write_json(out/"against.json", d | dict(other=a.against))
+        print(f"against {a.against}: {d['diff']:+.1f} points [{d['lo']:+.1f}, {d['hi']:+.1f}], p = {d['p']:.3f}; {'the two agree on every problem' if d['mdd'] is None else 'detectable from {:.1f} points'.format(d['mdd'])}")
+
+# %% ../nbs/10_public_benchmarks.ipynb #b10a0049
+def main(argv: list[str] | None = None) -> int:
+    "Ask a benchmark's questions and score, pack or judge the answers."
+    a = arguments(argv)
+    if a.list: print(listing()); return 0
     sets, models = registry(), registry("models")
+    if not (a.benchmark and a.file and a.out): raise UserError("give a benchmark, its file and a folder for the run; --list shows the benchmarks")
     for name, known in ((a.benchmark, sets), (a.model, models)):
         if name and name not in known: raise UserError(f"{name!r} is not registered; known: {', '.join(known)}")
     if not (a.endpoint or a.path): raise UserError("give --endpoint 'URL model', or --path with a model's folder")
-    b, m = sets[a.benchmark], models.get(a.model)
+    b, m, out = sets[a.benchmark], models.get(a.model), Path(a.out)
     problems = load_benchmark(b, a.file, rows=a.rows)
+    if a.lm_eval:
+        task = lm_eval_task(b, problems, out, a.lm_eval, max_tokens=min(a.max_tokens, 4096)); got = lm_eval([task], out, a.endpoint or a.path)[task]
+        write_json(out/"score.json", {k: list(v) for k, v in got.items()}); print(f"{b.id} by lm-eval: " + ", ".join(f"{k} {v[0]:.3f} [{v[1]:.3f}, {v[2]:.3f}]" for k, v in got.items())); return 0
     how = dict(mode=a.mode, k=a.k, temperature=a.temperature, max_tokens=a.max_tokens, seed=a.seed)
-    said = ask_endpoint(b, problems, Path(a.out), a.endpoint, m, workers=a.workers, **how) if a.endpoint else ask_folder(b, problems, Path(a.out), a.path, a.model or Path(a.path).name, **how)
-    print(said)
-    line, _ = rescore(b, problems, Path(a.out)); write_json(Path(a.out)/"score.json", line)
-    print(f"{b.id} {line['model']} {line['mode']}: avg@{line['k']} {line['avg_at_k']:.3f} [{line['avg_at_k_lo']:.3f}, {line['avg_at_k_hi']:.3f}], wrong {line['wrong_pct']:.0f} %, unparsed {line['unparsed_pct']:.0f} % (empty {line['empty_pct']:.0f} %), truncated {line['truncated_pct']:.0f} %; paper {paper_figure(b, m) if m else 'unknown'}, with settings it does not print")
+    print(ask_endpoint(b, problems, out, a.endpoint, m, workers=a.workers, **how) if a.endpoint else ask_folder(b, problems, out, a.path, a.model or Path(a.path).name, **how))
+    finish(a, b, m, problems, out)
     return 0
 
 # %% ../nbs/10_public_benchmarks.ipynb #b10a0040
