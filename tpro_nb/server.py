@@ -382,8 +382,7 @@ class Guard:
             await send(dict(type="http.response.start", status=status, headers=[(b"content-type", b"application/json"), (b"connection", b"close")]))
             await send(dict(type="http.response.body", body=text))
         given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        if self.key and scope["path"] != "/health" and not hmac.compare_digest(given, self.key.encode()):
-            return await refuse(401, "wrong or missing API key; send Authorization: Bearer KEY", "authentication_error")
+        wrong = self.key and scope["path"] != "/health" and not hmac.compare_digest(given, self.key.encode())
         try:
             async with asyncio.timeout(self.grace):
                 more, size = True, 0
@@ -391,9 +390,10 @@ class Guard:
                     m = await receive()
                     if m["type"] == "http.disconnect": return
                     more, size = m.get("more_body", False), size + len(m.get("body", b""))
-                    if size <= self.limits.body: body += m.get("body", b"")
+                    if size <= self.limits.body and not wrong: body += m.get("body", b"")
                     elif size > 64*self.limits.body: break             # up to here it is read and thrown away: a client that still writes would not see the answer
         except TimeoutError: return await refuse(408, f"the body did not arrive within {self.grace:g} seconds", "timeout_error")
+        if wrong: return await refuse(401, "wrong or missing API key; send Authorization: Bearer KEY", "authentication_error")
         if size > self.limits.body: return await refuse(413, f"the body is larger than {self.limits.body} bytes")
         first = [dict(type="http.request", body=body, more_body=False)]
         async def again(): return first.pop() if first else await receive()
