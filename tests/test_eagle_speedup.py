@@ -77,6 +77,16 @@ def test_measure_runs_every_contestant_in_rotating_order(measured):
     assert {tuple(t["tree"]) for t in info["tried"]} == {(1, 1, 1), (2, 2, 4)} and info["tried"][0]["predicted"] >= info["tried"][1]["predicted"]
     assert {1, 2, 3, 5} <= {int(k) for k in info["forward_ms"]} and {1, 2, 5} == {int(k) for k in info["loop_ms"]}
 
+def test_forward_times_take_the_call_that_decoding_makes(measured, monkeypatch):
+    "What is timed is the target's `greedy`, as many rows as asked, the prefix behind them; and no other pass."
+    dec, calls = ed.Decoder(measured[3]/"model", dtype="float32", context=64), []
+    real = dec.target.greedy
+    def greedy(embed, tokens, head, pos, past, slot, seen): calls.append((len(tokens), pos[0], past, len(seen))); return real(embed, tokens, head, pos, past, slot, seen)
+    monkeypatch.setattr(dec.target, "greedy", greedy)
+    times = es.forward_times(dec, [1, 5], rounds=2)
+    assert list(times) == [1, 5] and min(times.values()) > 0
+    assert calls == [(q, 58, 58, q) for _ in range(3) for q in (1, 5)]
+
 def test_same_text_and_known_keys(measured):
     info, events, rows, d = measured
     text = {}

@@ -1,5 +1,5 @@
 "The playground: its arithmetic, its page without a browser (AppTest), and the real page in Chromium where there is one."
-import json, os, re, shutil, socket, threading, time
+import json, os, re, shutil, socket, threading, time, warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np, pytest, torch
 from streamlit.testing.v1 import AppTest
@@ -163,6 +163,18 @@ def test_english_thinking_and_presets(at):
     assert a.session_state.panes[0].settings["mode"] == "think"
     ok(settle(a))
 
+def test_maths_presets_come_from_the_runs_tmath(at, tmp_path):
+    f = tmp_path/"04_tmath"/"test.jsonl"; f.parent.mkdir()
+    f.write_text("".join(json.dumps(dict(question=f"Задача <b>{i}</b>", verifiable_answer="1")) + "\n" for i in range(20)))
+    cfg = G.settle(G.parser().parse_args(["--run", str(tmp_path), "--left", "http://127.0.0.1:9/v1"]))[0]
+    assert cfg["tmath"] == str(f)
+    a = ok(at(tmath=cfg["tmath"])); a.selectbox("domain").set_value("maths"); ok(a.run())
+    found = a.selectbox("preset").options
+    assert len(found) == 8 and set(found) <= {f"Задача <b>{i}</b>" for i in range(20)}
+    a.selectbox("preset").set_value(found[3]); ok(a.run())
+    assert a.text_area("prompt").value == found[3]
+    assert G.presets("en", str(f))["maths"] == G.PRESETS["maths"]["en"] and G.presets("ru", str(tmp_path/"no"))["maths"] == G.PRESETS["maths"]["ru"]
+
 def test_dead_and_dying_endpoints(at, dying):
     a = ok(at(left=dict(url="http://127.0.0.1:9/v1"), right=dict(url=dying)))
     assert any(G.TEXT["ru"]["nobody"] == c.value for c in a.caption)
@@ -235,7 +247,9 @@ CHROMIUM = next((c for n in ("chromium", "chromium-browser", "google-chrome") if
 @pytest.fixture(scope="module")
 def browser():
     sync = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None: pytest.skip("no Chromium here (apt install chromium)")
+    if CHROMIUM is None:
+        warnings.warn("NOT TESTED: the playground in a browser, as there is no Chromium on PATH (apt install chromium)")     # pytest prints it even with -q
+        pytest.skip("no Chromium on PATH (apt install chromium)")
     with sync.sync_playwright() as p:
         b = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield b

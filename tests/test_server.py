@@ -52,9 +52,17 @@ def wait_idle(svc):
     raise AssertionError("requests are left")
 
 @pytest.mark.parametrize("name, tree", [("toy", SHAPE), ("toy-plain", None)])
-@pytest.mark.parametrize("kw", [{}, dict(temperature=.8, top_p=.9, seed=5)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("kw", [{}, dict(temperature=.8, top_p=.9, seed=5), dict(temperature=2.0, top_k=2, seed=5)], ids=["greedy", "sampled", "top_k"])
 def test_text_is_the_decoders_own(svc, url, name, tree, kw):
     assert answer(post(url, body(model=name, **kw))) == direct(svc, tree=tree, **kw)
+
+def test_top_k_and_null_reach_the_decoder(svc, url):
+    hot = dict(temperature=2.0, seed=3, max_tokens=30, model="toy-plain")
+    texts = {k: answer(post(url, body(**hot, top_k=k))) for k in (1, 2, -1)}
+    assert texts[1] == answer(post(url, body(model="toy-plain", max_tokens=30))) and len(set(texts.values())) == 3      # one candidate is greedy
+    assert answer(post(url, body(**hot, top_k=None))) == texts[-1] == answer(post(url, body(**hot)))
+    null = body(temperature=None, top_p=None, seed=3, stream=None, stop=None, n=None, max_completion_tokens=None)
+    assert answer(post(url, null)) == answer(post(url, body(temperature=1.0, seed=3)))          # as OpenAI's interface has it: null is the default
 
 def test_thinking_switch_and_system_message(svc, url):
     think = post(url, body(chat_template_kwargs=dict(enable_thinking=True)))
@@ -109,7 +117,7 @@ def test_pages_for_machines(svc, url):
     assert httpx.get(f"{url}/health").text == "ok" and httpx.get(f"{url}/nowhere").status_code == 404
 
 BAD = {
-    "malformed": (400, b'{"model": "toy", "messages": [', "JSON"), "utf-8": (400, b'{"model": "toy", "messages": [{"role": "user", "content": "\xff\xfe"}]}', "UTF-8"),
+    "malformed": (400, b'{"model": "toy", "messages": [', "not JSON"), "utf-8": (400, b'{"model": "toy", "messages": [{"role": "user", "content": "\xff\xfe"}]}', "UTF-8"),
     "deep": (400, b"["*100_000, ""), "not an object": (400, b'"hello"', "body"), "huge number": (400, b'{"max_tokens": ' + b"9"*5000 + b"}", ""),
     "unknown model": (404, dict(model="gpt-5"), "toy-plain"), "unknown role": (400, dict(messages=[dict(role="wizard", content="x")]), "role"),
     "no messages": (400, dict(messages=[]), "messages"), "picture": (400, dict(messages=[dict(role="user", content=[dict(type="image_url")])]), "text"),
@@ -118,6 +126,7 @@ BAD = {
     "long prompt": (400, dict(messages=[dict(role="user", content="слово "*2000)]), "shorten"), "1 MB": (413, dict(messages=[dict(role="user", content="a"*2**20)]), "larger"),
     "stops": (400, dict(stop=["x"]*5000), "stop"), "empty stop": (400, dict(stop=[""]), "stop"), "temperature": (400, dict(temperature=-1), "temperature"),
     "nan": (400, b'{"model": "toy", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "temperature"), "top_p": (400, dict(top_p=0), "top_p"),
+    "top_k": (400, dict(top_k=0), "top_k"), "top_k sign": (400, dict(top_k=-2), "top_k"), "top_k size": (400, dict(top_k=10**30), "top_k"), "top_k kind": (400, dict(top_k="many"), "top_k"),
     "seed": (400, dict(seed=-1), "seed"), "n": (400, dict(n=3), "n"), "tools": (400, dict(tools=[dict(type="function")]), "tools"),
     "odd name": (400, b'{"model": "\\udc00", "messages": [{"role": "user", "content": "x"}]}', "model"), "template": (400, dict(chat_template_kwargs=dict(evil="{{ 1 }}")), "evil"),
 }
@@ -182,14 +191,74 @@ def test_hanging_up_frees_the_place(folders):
             wait_idle(svc)
         assert svc.sched.total["finished_cancelled"] == 2
 
-def test_a_reader_who_sleeps_holds_up_nobody(svc, url):
+def _connect(url, rcvbuf=0):
     host, port = url.removeprefix("http://").split(":")
+    s = socket.socket()
+    if rcvbuf: s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)          # before connecting: it sets the window
+    s.settimeout(20); s.connect((host, int(port)))
+    return s
+
+def _rest(s):
+    "All that still comes, until the other side ends the connection."
+    got = b""
+    while True:
+        try: part = s.recv(65536)
+        except ConnectionError: return got
+        if not part: return got
+        got += part
+
+def test_readers_who_sleep_hold_up_nobody_and_are_cut(folders, monkeypatch):
+    plain_listen = S.listen
+    def listen(*a):
+        s = plain_listen(*a); s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)   # inherited by every connection, so a full buffer is soon reached
+        return s
+    monkeypatch.setattr(S, "listen", listen)
+    svc = service(folders, limits=S.Limits(patience=3.0))
+    live, server = [], S.uvicorn_server
+    monkeypatch.setattr(S, "uvicorn_server", lambda *a: live.append(server(*a)) or live[0])
     b = json.dumps(body(max_tokens=150, stream=True, return_steps=True)).encode()
-    sleepers = [socket.create_connection((host, int(port)), timeout=5) for _ in range(4)]
-    for s in sleepers: s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(b) + b)
-    assert answer(post(url, body())) == direct(svc)
-    wait_idle(svc)                                             # all four were decoded to the end, read or not
-    for s in sleepers: s.close()
+    ask = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(b) + b
+    with S.serving(svc) as url:
+        with httpx.stream("POST", f"{url}/v1/chat/completions", content=b, headers={"content-type": "application/json"}, timeout=60) as r: whole = len(r.read())
+        assert whole > 100_000
+        def crowd():
+            sleepers = [_connect(url, 4096) for _ in range(8)]
+            for s in sleepers: s.sendall(ask)
+            for _ in range(1000):
+                full = [c for c in live[0].server_state.connections if c.transport.get_write_buffer_size()]
+                if len(full) == 8: break
+                time.sleep(.01)
+            assert len(full) == 8                                  # the kernel takes no more: all eight are really stuck
+            assert all(c.transport.get_write_buffer_size() < 64*1024 for c in full)     # and what waits is one chunk, not the answer
+            return sleepers
+        for _ in range(2):
+            sleepers = crowd()
+            assert answer(post(url, body())) == direct(svc)        # another is served; idle again: all eight were decoded to the end, read or not
+            for _ in range(1000):
+                if not any(c.flow.write_paused for c in live[0].server_state.connections): break
+                time.sleep(.01)
+            for s in sleepers:
+                got = _rest(s); s.close()
+                assert b" 200 " in got[:20] and len(got) < whole and b"[DONE]" not in got       # cut, not drained when they wake up
+            assert svc.sched.total["finished_length"] + svc.sched.total["finished_cancelled"] >= 10
+        assert not svc.sched.total["finished_error"] and svc.sched.made <= svc.sched.slots
+
+def test_a_slow_but_steady_reader_gets_everything(folders):
+    svc = service(folders, limits=S.Limits(patience=1.0))
+    b = json.dumps(body(max_tokens=60, stream=True, return_steps=True)).encode()
+    with S.serving(svc) as url, _connect(url, 4096) as s:
+        s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(b) + b)
+        got = b""
+        while part := s.recv(1500): got += part; time.sleep(.01)
+        assert b"[DONE]" in got
+
+def test_who_says_nothing_is_cut(folders):
+    svc = service(folders, limits=S.Limits(patience=.4))
+    with S.serving(svc) as url:
+        silent = [_connect(url) for _ in range(30)]
+        silent[0].sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: loc")              # half a head is nothing either
+        assert answer(post(url, body())) == direct(svc)
+        for s in silent: assert _rest(s) == b""; s.close()
 
 def _half(url):
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body(max_tokens=200, stream=True), timeout=5) as s:

@@ -50,6 +50,59 @@ def test_broken_files(folders):
     (folders[1]/"model.safetensors").unlink()
     with pytest.raises(UserError, match="no safetensors"): export(*folders)
 
+def sglang_loads(names: dict) -> tuple[dict, list]:
+    """parameter -> names it is filled from, and the names nobody reads, by the rules of `LlamaForCausalLMEagle3.load_weights` in
+    sglang/srt/models/llama_eagle3.py of SGLang 0.5.23. Parameters are those its constructor makes for one layer, no bias, untied head, no fc_norm."""
+    layer = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm", "hidden_norm"]
+    params = {n + ".weight": [] for n in ["lm_head", "model.embed_tokens", "model.fc", "model.norm", *("model.layers.0." + l for l in layer)]}
+    unread = []
+    for file_name in names:
+        name = file_name.replace("midlayer", "layers.0")
+        if "d2t" in name or "t2d" in name: continue
+        for new, old in [(".qkv_proj", ".q_proj"), (".qkv_proj", ".k_proj"), (".qkv_proj", ".v_proj"), (".gate_up_proj", ".gate_proj"), (".gate_up_proj", ".up_proj")]:
+            if old in name: name = name.replace(old, new); break
+        name = name if name in params else f"model.{name}"
+        params[name].append(file_name) if name in params else unread.append(file_name)
+    return params, unread
+
+def test_eagle3_export_is_what_sglang_reads(tmp_path):
+    "Every name finds its parameter, every parameter but the shared embedding is filled, shapes are the constructor's, d2t gives the ids."
+    hot = [7, 3, 100, 42]
+    random_draft(tmp_path/"draft", TARGET, hot=hot, kind="eagle3"); r = export(TARGET, tmp_path/"draft", tmp_path/"out")
+    found, c = tensors(tmp_path/"out"/"draft"), read_json(tmp_path/"out"/"draft"/"config.json")
+    params, unread = sglang_loads(found)
+    assert not unread and [k for k, v in params.items() if not v] == ["model.embed_tokens.weight"]
+    shape = {k: (sum(found[n][0][0] for n in v), *found[v[0]][0][1:]) for k, v in params.items() if v}
+    H, I, D, l = c["hidden_size"], c["intermediate_size"], c["head_dim"], "model.layers.0."
+    q, kv, n = c["num_attention_heads"]*D, c["num_key_value_heads"]*D, len(c["eagle_config"]["eagle_aux_hidden_state_layer_ids"])
+    assert shape == {"lm_head.weight": (4, H), "model.fc.weight": (H, n*H), "model.norm.weight": (H,), l + "self_attn.qkv_proj.weight": (q + 2*kv, 2*H),
+                     l + "self_attn.o_proj.weight": (H, q), l + "mlp.gate_up_proj.weight": (2*I, H), l + "mlp.down_proj.weight": (H, I), l + "input_layernorm.weight": (H,),
+                     l + "post_attention_layernorm.weight": (H,), l + "hidden_norm.weight": (H,)}
+    assert {d for k, (_, d) in found.items() if k != "d2t"} == {"BF16"} and found["d2t"] == ((4,), "I64")
+    d2t = load_file(tmp_path/"out"/"draft"/"model.safetensors")["d2t"]
+    assert (d2t + torch.arange(d2t.shape[0])).tolist() == hot          # as load_weights does it
+    assert c["architectures"] == ["LlamaForCausalLMEagle3"] and c["draft_vocab_size"] == 4 and not c["tie_word_embeddings"]
+    assert r["algorithm"] == "EAGLE3" and r["hot_tokens"] == 4 and not (tmp_path/"out"/"hot_token_map.pt").exists()
+    a = arguments(Endpoint("t", "target", draft="draft", steps=3, topk=1, draft_tokens=4, algorithm="EAGLE3"))
+    assert check_flags(a) and a[a.index("--speculative-algorithm") + 1] == "EAGLE3"
+    random_draft(tmp_path/"one", TARGET, hot=hot); export(TARGET, tmp_path/"one", tmp_path/"out")          # and back: nothing is left of the other kind
+    assert (tmp_path/"out"/"hot_token_map.pt").exists() and "d2t" not in tensors(tmp_path/"out"/"draft")
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.__setitem__("d2t", t["d2t"] + torch.arange(4)), "row numbers"), (lambda t: t.__setitem__("d2t", t["d2t"].to(torch.bfloat16)), "dtype"),
+    (lambda t: t.__setitem__("norm.weight", t["norm.weight"].float()), "dtype"), (lambda t: t.pop("d2t"), "d2t: missing"),
+    (lambda t: t.__setitem__("layers.0.hidden_norm.weight", t.pop("midlayer.hidden_norm.weight")), "hidden_norm")])
+def test_eagle3_misfits_are_refused(tmp_path, change, message):
+    random_draft(tmp_path/"draft", TARGET, hot=[7, 3, 100, 42], kind="eagle3"); edit(tmp_path/"draft", change)
+    with pytest.raises(UserError, match=message): export(TARGET, tmp_path/"draft", tmp_path/"out")
+
+def test_eagle3_layers_must_be_ones_sglang_hands_over(tmp_path):
+    random_draft(tmp_path/"draft", TARGET, hot=[1, 2], kind="eagle3"); c = read_json(tmp_path/"draft"/"config.json")
+    last = read_json(TARGET/"config.json")["num_hidden_layers"] - 1
+    for ids in ([0, 1, last], [1, 0, 2], [-1, 0, 1]):
+        write_json(tmp_path/"draft"/"config.json", c | dict(eagle_config=dict(use_aux_hidden_state=True, eagle_aux_hidden_state_layer_ids=ids)))
+        with pytest.raises(UserError, match="hands over"): export(TARGET, tmp_path/"draft", tmp_path/"out")
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_target_table_is_what_transformers_saves(tmp_path, tied):
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -6,10 +6,10 @@ __all__ = ['C_TYPES', 'C_WEIGHT', 'C_MATMUL', 'C_SMALL', 'C_ATTENTION', 'C_FORWA
            'verify_sampled', 'distribution', 'Stack', 'layer_weights', 'target_stack', 'draft_stack', 'TorchEngine',
            'table', 'DraftWeights', 'greedy_pass', 'draft_pass', 'propose_pass', 'causal', 'logits_of', 'cpu_flags',
            'kernels', 'pack', 'interleaved', 'Packed', 'ptr', 'CEngine', 'addr', 'ints', 'flat', 'fits', 'engine_for',
-           'load_target', 'local_draft', 'Decoder', 'chooser', 'generate', 'planted', 'broken_greedy', 'identity',
-           'exact', 'chi2_p', 'tiny_target', 'tiny_tree', 'draw_text', 'broken_sampled', 'broken_top', 'tiny_dist',
-           'chi2_tests', 'chi2_decoder', 'classify', 'bf16_compare', 'sampling_proof', 'proof', 'nano_identity',
-           'spread']
+           'load_target', 'local_draft', 'Decoder', 'chooser', 'generate', 'generate_batch', 'planted', 'broken_greedy',
+           'identity', 'exact', 'chi2_p', 'tiny_target', 'tiny_tree', 'draw_text', 'broken_sampled', 'broken_top',
+           'tiny_dist', 'chi2_tests', 'chi2_decoder', 'classify', 'bf16_compare', 'sampling_proof', 'proof',
+           'nano_identity', 'spread']
 
 # %% ../nbs/12_eagle_decoding.ipynb #c7e490c5
 import ctypes, hashlib, itertools, json, os, platform, shutil, subprocess, sys, time
@@ -129,12 +129,13 @@ def verify_sampled(tree: Tree, probs, rng: np.random.Generator,  # probs(node) -
         accepted.append(nxt); at = nxt
 
 # %% ../nbs/12_eagle_decoding.ipynb #dfd21547
-def distribution(logits: torch.Tensor, temperature: float, top_p: float = 1.0) -> np.ndarray:  # [V] -> float64 [V]
-    "Softmax at a temperature, cut to the smallest set of tokens whose mass reaches `top_p`."
+def distribution(logits: torch.Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0) -> np.ndarray:  # [V] -> float64 [V]
+    "Softmax at a temperature, cut to the `top_k` likeliest tokens (0: all), then to the smallest set of them whose share reaches `top_p`."
     p = torch.softmax(logits.double()/temperature, -1)
-    if top_p < 1:
+    if top_p < 1 or top_k:
         s, i = p.sort(descending=True)
-        s[s.cumsum(0) - s >= top_p] = 0           # a token stays if the mass before it is short of top_p
+        if top_k: s[top_k:] = 0
+        s[s.cumsum(0) - s >= top_p*s.sum()] = 0   # a token stays if the mass before it is short of top_p
         p = torch.zeros_like(p).scatter_(0, i, s)
     return (p/p.sum()).numpy()
 
@@ -713,7 +714,7 @@ def local_draft(draft) -> Path:
 
 # %% ../nbs/12_eagle_decoding.ipynb #3856ed13
 class Decoder:
-    "Plain and speculative decoding of one sequence, with the same kernels."
+    "Plain and speculative decoding, of one text or several, with the same kernels."
     def __init__(self,
                  model_dir,                  # folder or hub id of a Llama or Qwen3 model
                  draft_dir=None,             # EAGLE draft folder; None: plain decoding only
@@ -751,16 +752,20 @@ def _load_draft(self, draft_dir, head, make):
     self.target.taps = taps
     self.draft_weights = DraftWeights(self.embed, fc, None, self.draft.prepare(d.lm_head.weight.data), hot.tolist(), f32(d.midlayer.input_layernorm.weight), f32(d.norm.weight))
 
-def _check(self, prompt, new, tree, temperature, top_p):
+def _check(self, prompt, new, tree, temperature, top_p, top_k=0, base=0) -> int:
+    "Refuse what cannot work; the slots that this text needs, which must be free from `base` on."
     if not prompt or min(prompt) < 0 or max(prompt) >= self.vocab: raise UserError(f"prompt: need at least one id, all within 0..{self.vocab - 1}")
     if temperature < 0 or not np.isfinite(temperature): raise UserError(f"temperature {temperature}: must be 0 (greedy) or above")
     if not 0 < top_p <= 1: raise UserError(f"top_p {top_p}: must lie in (0, 1]")
+    if top_k < 0 or top_k != int(top_k): raise UserError(f"top_k {top_k}: must be a whole number of tokens, 0 for all")
     if new < 1: raise UserError(f"max_new_tokens {new}: must be at least 1")
     if tree is not None and (len(tree) != 3 or min(tree) < 1): raise UserError(f"tree {tree}: need (depth, topk, nodes), all at least 1")
     if tree is not None and tree[1]*(tree[0] - 1) > 500: raise UserError(f"tree {tree}: topk × (depth - 1) must not exceed 500")
-    room = self.context - (tree[2] + 1 if tree else 1)
-    if len(prompt) + new > room:
-        raise UserError(f"prompt of {len(prompt)} tokens + {new} new ones do not fit: the context holds {self.context}, the tree needs {self.context - room} of it")
+    extra = tree[2] + 1 if tree else 1
+    if base + len(prompt) + new + extra > self.context:
+        taken = f", texts before it in the batch {base}" if base else ""
+        raise UserError(f"prompt of {len(prompt)} tokens + {new} new ones do not fit: the context holds {self.context}, the tree needs {extra} of it{taken}")
+    return len(prompt) + new + max(extra, tree[1]*(tree[0] - 1) if tree else 0)
 
 Decoder._load_draft, Decoder._check = _load_draft, _check
 
@@ -804,14 +809,14 @@ def _verify_all(self, trees: list[Tree], ns: list[int], chooses: list, bases: li
 
 def _verify(self, tree: Tree, n: int, choose): return self._verify_all([tree], [n], [choose], [0])[0]
 
-def chooser(temperature: float, top_p: float, seed: int, verify=None):
+def chooser(temperature: float, top_p: float, seed: int, verify=None, top_k: int = 0):
     "(tree, scores) -> (accepted, bonus): greedy over each row's argmax at temperature 0, else sampling over logits."
     rng = np.random.default_rng(seed)
     if temperature == 0:
         greedy = lambda tree, best: (verify or verify_greedy)(tree, best)
         greedy.best_only = True
         return greedy
-    return lambda tree, logits: (verify or verify_sampled)(tree, lambda i: distribution(logits[i].cpu(), temperature, top_p), rng)
+    return lambda tree, logits: (verify or verify_sampled)(tree, lambda i: distribution(logits[i].cpu(), temperature, top_p, top_k), rng)
 
 Decoder._verify_all, Decoder._verify = _verify_all, _verify
 
@@ -831,31 +836,41 @@ def _prefill(self, prompt, choose, drafting, base=0):
 Decoder._prefill = _prefill
 
 # %% ../nbs/12_eagle_decoding.ipynb #6c133fb2
-@torch.no_grad()
-def generate(self, prompt_ids: list[int], max_new_tokens: int,
-             tree: tuple | None = None,   # (depth, topk, nodes): drafted nodes, the root not counted; topk 1 is a chain; None: plain
-             temperature: float = 0.0, top_p: float = 1.0, eos=None,   # eos: an id or several
-             events: list | None = None,  # gets one event a step
-             meta: dict | None = None, seed: int = 0,
-             propose=None,                # ids so far -> Tree, instead of the draft (tests, recordings)
-             verify=None) -> list[int]:   # another verifier (tests)
-    "New tokens after the prompt. `self.stats` then holds prefill_ms, decode_ms, steps."
-    prompt, drafting = [int(t) for t in prompt_ids], tree is not None and propose is None
-    self._check(prompt, max_new_tokens, tree, temperature, top_p)
-    if drafting and self.draft is None: raise UserError("a tree needs a draft: give Decoder a draft_dir, or tree=None")
+def _text(self, prompt, limit, tree, choose, eos, events=None, meta=None, propose=None, base=0):
+    "One text. Yields (tree, tokens before its root, chooser, first slot), is sent (accepted, bonus, features, ms), returns the new tokens."
     stop = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-    choose, n = chooser(temperature, top_p, seed, verify), len(prompt)
-    first, feats = self._prefill(prompt, choose, drafting)
+    n, drafting = len(prompt), tree is not None and propose is None
+    first, feats = self._prefill(prompt, choose, drafting, base)
     out, tokens = [first], [first]
-    while len(out) < max_new_tokens and out[-1] not in stop:
+    while len(out) < limit and out[-1] not in stop:
         a = time.perf_counter()
-        t = propose(prompt + out).check() if propose else self._propose(tokens, feats, n, tree) if drafting else Tree([-1], [out[-1]])
+        t = propose(prompt + out).check() if propose else self._propose(tokens, feats, n, tree, base) if drafting else Tree([-1], [out[-1]])
+        draft_ms = (time.perf_counter() - a)*1e3
+        accepted, bonus, feats, ms = yield t, n, choose, base
         b = time.perf_counter()
-        accepted, bonus, feats = self._verify(t, n, choose)
         tokens, n = [t.tokens[i] for i in accepted] + [bonus], n + 1 + len(accepted)
-        emitted = self._commit(out, tokens, stop, max_new_tokens)
-        self._log(events, meta, t, accepted, bonus, n, (b - a)*1e3, (time.perf_counter() - b)*1e3, drafting, emitted)
+        emitted = self._commit(out, tokens, stop, limit)
+        self._log(events, meta, t, accepted, bonus, n, draft_ms, ms + (time.perf_counter() - b)*1e3, drafting, emitted)
     return out
+
+@torch.no_grad()
+def _run(self, texts: list) -> list:
+    "Carry texts on together, their trees in one pass; a text's result is its tokens or the exception that ended it."
+    asks, out = {}, list(texts)
+    def on(i, said):
+        try: asks[i] = texts[i].send(said)
+        except StopIteration as e: asks.pop(i, None); out[i] = e.value
+        except Exception as e: asks.pop(i, None); out[i] = e           # one that fails leaves the others running
+    for i, t in enumerate(texts):
+        if not isinstance(t, Exception): on(i, None)
+    while asks:
+        live, start = list(asks), time.perf_counter()
+        said = self._verify_all(*map(list, zip(*(asks[i] for i in live))))
+        ms = (time.perf_counter() - start)*1e3
+        for i, s in zip(live, said): on(i, (*s, ms))
+    return out
+
+Decoder._text, Decoder._run = _text, _run
 
 # %% ../nbs/12_eagle_decoding.ipynb #79d33057
 def _commit(self, out, tokens, stop, limit):
@@ -873,7 +888,39 @@ def _log(self, events, meta, tree, accepted, bonus, n, draft_ms, verify_ms, draf
         tree=dict(parents=tree.parents, tokens=tree.tokens, confidence=[round(c, 5) for c in tree.confidence]), accepted=accepted, bonus=bonus, emitted=emitted,
         draft_ms=round(draft_ms, 3) if drafting else None, verify_ms=round(verify_ms, 3), source=f"tpro_nb/{self.kind}" if drafting else f"tpro_nb/{self.kind}/plain"))
 
+def generate(self, prompt_ids: list[int], max_new_tokens: int,
+             tree: tuple | None = None,   # (depth, topk, nodes): drafted nodes, the root not counted; topk 1 is a chain; None: plain
+             temperature: float = 0.0, top_p: float = 1.0, eos=None,   # eos: an id or several
+             events: list | None = None,  # gets one event a step
+             meta: dict | None = None, seed: int = 0,
+             propose=None,                # ids so far -> Tree, instead of the draft (tests, recordings)
+             verify=None,                 # another verifier (tests)
+             top_k: int = 0) -> list[int]:
+    "New tokens after the prompt. `self.stats` then holds prefill_ms, decode_ms, steps."
+    prompt = [int(t) for t in prompt_ids]
+    self._check(prompt, max_new_tokens, tree, temperature, top_p, top_k)
+    if tree is not None and propose is None and self.draft is None: raise UserError("a tree needs a draft: give Decoder a draft_dir, or tree=None")
+    out, = self._run([self._text(prompt, max_new_tokens, tree, chooser(temperature, top_p, seed, verify, top_k), eos, events, meta, propose)])
+    if isinstance(out, Exception): raise out
+    return out
+
 Decoder.generate, Decoder._commit, Decoder._log = generate, _commit, _log
+
+# %% ../nbs/12_eagle_decoding.ipynb #d0c01210
+def generate_batch(self, prompts: list[list[int]], max_new_tokens: int, tree=None, temperature=0.0, top_p=1.0, top_k=0, eos=None,
+                   events: list | None = None, meta: list[dict] | None = None,   # meta: one for each prompt
+                   seed: int = 0) -> list:                                       # text i is drawn with seed + i
+    "For every prompt its new tokens, the same that `generate` gives, or the exception that says why there are none. All must fit into `context` together."
+    if tree is not None and self.draft is None: raise UserError("a tree needs a draft: give Decoder a draft_dir, or tree=None")
+    texts, base = [], 0
+    for i, p in enumerate(prompts):
+        try: p = [int(t) for t in p]; room = self._check(p, max_new_tokens, tree, temperature, top_p, top_k, base)
+        except (UserError, TypeError, ValueError) as e: texts.append(e); continue
+        texts.append(self._text(p, max_new_tokens, tree, chooser(temperature, top_p, seed + i, top_k=top_k), eos, events, meta[i] if meta else None, base=base))
+        base += room
+    return self._run(texts)
+
+Decoder.generate_batch = generate_batch
 
 # %% ../nbs/12_eagle_decoding.ipynb #416a9c62
 def planted(truth: list[int], vocab: int, seed: int, nodes: int = 8):
@@ -962,27 +1009,27 @@ def broken_top(tree, probs, rng):
     return accepted, int(rng.choice(len(probs(at)), p=probs(at)))
 
 # %% ../nbs/12_eagle_decoding.ipynb #f5d7b19d
-def tiny_dist(model, start: int, temperature: float, top_p: float, length: int = 3):
+def tiny_dist(model, start: int, temperature: float, top_p: float, length: int = 3, top_k: int = 0):
     "dist(prefix) for `exact` and `draw_text`: every prefix that a text of `length` tokens can have, and those a long tree can reach."
     table, V = {}, model.config.vocab_size
     def fill(d):
         pre = list(np.ndindex(*[V]*d))
         with torch.no_grad(): logits = torch.cat([model(torch.tensor([[start, *p] for p in part])).logits[:, -1] for part in (pre[a:a + 4096] for a in range(0, len(pre), 4096))])
-        table.update({p: distribution(l, temperature, top_p) for p, l in zip(pre, logits)})
+        table.update({p: distribution(l, temperature, top_p, top_k) for p, l in zip(pre, logits)})
     for d in range(length): fill(d)
     def dist(prefix): return table[prefix] if len(prefix) < length else table[prefix[:length - 1]]     # beyond the text nothing is counted
     return dist
 
 def chi2_tests(model, draws: int, seed: int, verify=verify_sampled, length: int = 3, vocab: int = 8) -> dict[str, float]:
-    "p-values over chain and tree, temperatures and top-p."
+    "p-values over chain and tree, temperatures, top-p and top-k."
     out = {}
-    for chain, t, top_p in [(True, 1.0, 1.0), (True, .7, .8), (False, 1.0, 1.0), (False, .7, 1.0), (False, 1.0, .8)]:
-        dist, rng = tiny_dist(model, 1, t, top_p), np.random.default_rng([seed, int(chain), int(10*t), int(10*top_p)])
+    for chain, t, top_p, top_k in [(True, 1.0, 1.0, 0), (True, .7, .8, 0), (False, 1.0, 1.0, 0), (False, .7, 1.0, 0), (False, 1.0, .8, 0), (False, 1.0, 1.0, 3), (True, 1.0, .9, 5)]:
+        dist, rng = tiny_dist(model, 1, t, top_p, top_k=top_k), np.random.default_rng([seed, int(chain), int(10*t), int(10*top_p), top_k])
         trees = {}
         tree_at = lambda out: trees.setdefault(out, tiny_tree((1, *out), chain))
         counts = np.zeros(vocab**length)
         for _ in range(draws): counts[int("".join(map(str, draw_text(dist, tree_at, length, rng, verify))), vocab)] += 1
-        out[f"{'chain' if chain else 'tree'} T={t} top_p={top_p}"] = chi2_p(counts, exact(dist, length, vocab))
+        out[f"{'chain' if chain else 'tree'} T={t} top_p={top_p}" + f" top_k={top_k}"*(top_k > 0)] = chi2_p(counts, exact(dist, length, vocab))
     return out
 
 # %% ../nbs/12_eagle_decoding.ipynb #80b02a75
@@ -993,9 +1040,9 @@ def chi2_decoder(path, draws: int, seed: int, shapes=((3, 1, 3), (2, 3, 6))) -> 
     random_draft(Path(path)/"draft", Path(path)/"tiny")
     dec, out = Decoder(Path(path)/"tiny", Path(path)/"draft", dtype="float32", context=32), {}
     for s in shapes:
-        dist, counts = tiny_dist(model, 1, 1.0, .9), np.zeros(8**3)
+        dist, counts = tiny_dist(model, 1, 1.0, .9, top_k=6), np.zeros(8**3)
         for i in tqdm(range(draws), desc=f"chi-square, whole decoder, tree {s}", mininterval=2):
-            counts[int("".join(map(str, dec.generate([1], 3, tree=s, temperature=1.0, top_p=.9, seed=[seed, i]))), 8)] += 1
+            counts[int("".join(map(str, dec.generate([1], 3, tree=s, temperature=1.0, top_p=.9, top_k=6, seed=[seed, i]))), 8)] += 1
         out[f"decoder {s}"] = chi2_p(counts, exact(dist, 3, 8))
     return out
 

@@ -4,7 +4,7 @@
 __all__ = ['LOCAL', 'Step', 'steps', 'twin', 'Pieces', 'Stops', 'Message', 'Template', 'StreamOptions', 'Chat', 'Job',
            'job_items', 'Busy', 'Scheduler', 'Limits', 'Service', 'Refused', 'error_body', 'step_row', 'usage',
            'items_of', 'whole', 'stream', 'Guard', 'server_info', 'prometheus', 'gone', 'complete', 'application',
-           'listen', 'uvicorn_server', 'serving', 'overhead', 'crowd', 'measure', 'parser', 'serve', 'main']
+           'listen', 'patient', 'uvicorn_server', 'serving', 'overhead', 'crowd', 'measure', 'parser', 'serve', 'main']
 
 # %% ../nbs/15_server.ipynb #e2017422
 import argparse, asyncio, copy, ctypes, hmac, ipaddress, json, math, os, socket, sys, threading, time, uuid
@@ -29,11 +29,11 @@ class Step:
     event: dict | None = None   # a row of the event log
     tree: Tree | None = None
 
-def steps(dec: Decoder, prompt: list[int], new: int, tree=None, temperature=0.0, top_p=1.0, eos=(), seed: int = 0, meta=None):
+def steps(dec: Decoder, prompt: list[int], new: int, tree=None, temperature=0.0, top_p=1.0, eos=(), seed: int = 0, meta=None, top_k: int = 0):
     "`Decoder.generate` as a generator of `Step`s; the tokens are the same."
-    dec._check(prompt, new, tree, temperature, top_p)
+    dec._check(prompt, new, tree, temperature, top_p, top_k)
     if tree is not None and dec.draft is None: raise UserError("a tree needs a draft: start the server with --draft")
-    choose, n, stop = chooser(temperature, top_p, seed), len(prompt), set(eos)
+    choose, n, stop = chooser(temperature, top_p, seed, top_k=top_k), len(prompt), set(eos)
     first, feats = dec._prefill(prompt, choose, tree is not None)
     out, tokens = [first], [first]
     yield Step([first], 0)
@@ -118,12 +118,13 @@ class Chat(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: str = Field(max_length=256)
     messages: list[Message] = Field(min_length=1, max_length=512)
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(-1, ge=-1, lt=2**31)                     # SGLang's, not OpenAI's; -1: all
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: str | list[str] | None = Field(None, max_length=256)
     chat_template_kwargs: Template = Template()
@@ -133,6 +134,14 @@ class Chat(BaseModel):
     presence_penalty: Literal[0] | None = 0
     logprobs: Literal[False] | None = False
     user: Any = None; metadata: Any = None; store: Any = None; service_tier: Any = None
+    @field_validator("temperature", "top_p", "top_k", mode="before")
+    @classmethod
+    def unset(cls, v, info): return cls.model_fields[info.field_name].default if v is None else v     # OpenAI's interface lets null stand for the default
+    @field_validator("top_k")
+    @classmethod
+    def some(cls, v):
+        if v == 0: raise ValueError("-1 for all tokens, or at least 1")
+        return v
     @field_validator("stop")
     @classmethod
     def few(cls, v):
@@ -151,6 +160,7 @@ class Job:
     tell: Any                                  # called from the scheduler's thread with each item
     id: str = field(default_factory=lambda: "chatcmpl-" + uuid.uuid4().hex[:24])
     meta: dict = field(default_factory=dict)
+    top_k: int = 0
     cancelled: bool = False
     born: float = field(default_factory=time.monotonic)
     began: float = 0.0; first: float = 0.0; ended: float = 0.0
@@ -173,7 +183,7 @@ class Job:
 def job_items(dec: Decoder, tok, job: Job, eos: list[int]):
     "Run a job; yields one item a step: text, pieces, event, finish (None while it goes on)."
     pieces, stops = Pieces(tok), Stops(job.stop)
-    for s in steps(dec, job.prompt, job.new, job.tree, job.temperature, job.top_p, eos, job.seed, dict(request=job.id) | job.meta):
+    for s in steps(dec, job.prompt, job.new, job.tree, job.temperature, job.top_p, eos, job.seed, dict(request=job.id) | job.meta, job.top_k):
         job.first = job.first or time.monotonic()
         shown, parts, finish = [], [], None
         for t in s.tokens:
@@ -275,6 +285,7 @@ class Limits:
     body: int = 256*1024         # bytes
     seconds: float = 600.0       # from arrival to the last token
     tokens: int = 512            # when a request does not say
+    patience: float = 30.0       # seconds that a client may leave what it was sent unread, or say nothing at all
 
 class Service:
     "Everything behind the routes: tokenizer, scheduler, names."
@@ -314,7 +325,7 @@ def _job(self, c: Chat, tell) -> Job:
     if want and want > room: raise Refused(400, f"max_tokens {want}: after a prompt of {len(ids)} tokens there is room for {room}")
     seed = c.seed if c.seed is not None else int.from_bytes(os.urandom(4), "big")
     return Job(ids, want or min(room, self.limits.tokens), tree, c.temperature, c.top_p, seed, c.stop or [], time.monotonic() + self.limits.seconds, tell,
-               meta=dict(mode="think" if c.chat_template_kwargs.enable_thinking else "direct"))
+               meta=dict(mode="think" if c.chat_template_kwargs.enable_thinking else "direct"), top_k=max(c.top_k, 0))
 
 Service.job = _job
 
@@ -431,6 +442,7 @@ def prometheus(svc: Service) -> str:
 # %% ../nbs/15_server.ipynb #9ff1425b
 def _told(errors) -> str:
     "Pydantic's findings as one sentence."
+    if errors[0]["type"] == "json_invalid": return f"the body is not JSON: {errors[0]['ctx']['error']} at character {errors[0]['loc'][-1]}"
     return "; ".join(f"{'.'.join(str(x) for x in e['loc'] if x != 'body') or 'body'}: {e['msg']}" for e in errors[:3]).encode("utf-8", "replace").decode() + (f"; and {len(errors) - 3} more" if len(errors) > 3 else "")
 
 async def gone(request):
@@ -501,13 +513,31 @@ def listen(host: str, port: int, api_key: str = "") -> socket.socket:
 
 LOCAL = ["127.0.0.1", "localhost"]
 
+# %% ../nbs/15_server.ipynb #5c1d90ab
+def patient(seconds: float):
+    "uvicorn's HTTP protocol that cuts a connection whose client reads or says nothing for that long."
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+    class Patient(AutoHTTPProtocol):
+        late = None
+        def wait(self, test): self.late = asyncio.get_running_loop().call_later(seconds, lambda: test() and self.transport.abort())
+        def calm(self): self.late = self.late and self.late.cancel()
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            transport.set_write_buffer_limits(high=0)              # paused as soon as the kernel takes no more, resumed when all is gone
+            self.wait(lambda: self.cycle is None)
+        def pause_writing(self): super().pause_writing(); self.calm(); self.wait(lambda: True)
+        def resume_writing(self): self.calm(); super().resume_writing()
+        def connection_lost(self, exc): self.calm(); super().connection_lost(exc)
+    return Patient
+
 def uvicorn_server(svc: Service, api_key: str = "", hosts=None):
     "A uvicorn server that is not yet running."
     import uvicorn
     most = 2*(svc.sched.slots + svc.sched.limit) + 32
-    return uvicorn.Server(uvicorn.Config(application(svc, api_key, hosts), log_level="warning", access_log=False, limit_concurrency=most, timeout_keep_alive=10,
-                                         timeout_graceful_shutdown=5))
+    return uvicorn.Server(uvicorn.Config(application(svc, api_key, hosts), http=patient(svc.limits.patience), log_level="warning", access_log=False, limit_concurrency=most,
+                                         timeout_keep_alive=10, timeout_graceful_shutdown=5))
 
+# %% ../nbs/15_server.ipynb #5c1d90ac
 @contextmanager
 def serving(svc: Service, api_key: str = "", port: int = 0):
     "A running server in a thread of this process; gives its URL."
