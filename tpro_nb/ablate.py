@@ -22,7 +22,7 @@ def cells() -> list[dict[str, int]]:
 def name_of(cell: dict[str, int]) -> str: return "".join(f[0].upper() if cell[f] > 0 else f[0] for f in FACTORS)
 
 # %% ../nbs/92_ablate.ipynb #ab920010
-STILL = 1e-8
+STILL = 1e-7
 OFF = dict(vocabulary={"02_tokenizer_surgery": dict(base_swap=1)}, midtraining={"06_midtraining": dict(lr=STILL, lr_min=STILL)}, reward={}, dpo={"09_dpo": dict(lr=STILL)})
 ANSWERS, SPEED = "10_evaluation", "14_eagle_speedup"
 
