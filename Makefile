@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PROFILE ?= cpu
 
-.PHONY: run test test-eval test-sglang env env-sglang clean
+.PHONY: run test test-eval test-sglang env env-sglang sglang-venv clean
 run: env
 	$(BIN)/tpro-nb run $(PROFILE)
 
@@ -29,6 +29,8 @@ test-eval: env
 # SGLang pins other versions, so it lives in an environment of its own, outside the clone, one for each content of its requirement files.
 SGLANG_REQ  = tests/sglang/requirements-sglang-cpu.txt tests/sglang/requirements-sglang-cpu-nodeps.txt
 SGLANG_VENV = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/tpro_nb/venv-sglang-$(shell cat $(SGLANG_REQ) | sha256sum | cut -c1-12)
+sglang-venv:
+	@echo $(SGLANG_VENV)
 env-sglang:
 	test -e $(SGLANG_VENV)/.done || { $(PYTHON) -m venv $(SGLANG_VENV) && \
 	  $(SGLANG_VENV)/bin/python -m pip install -q -c constraints-cpu.txt -r tests/sglang/requirements-sglang-cpu.txt && \

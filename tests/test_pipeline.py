@@ -197,3 +197,14 @@ def test_a_profile_with_another_seed(chain):
     assert all(b[s] == a[s] | dict(seed=7, run_dir=f"{a[s]['run_dir']}@7") for s in a)
     with pytest.raises(UserError, match="whole number"): P.load_params(chain, "toy@x")
     with pytest.raises(UserError, match="one seed is no comparison"): P.seeds(chain, "toy")
+
+def test_a_result_taken_in_is_part_of_the_key_but_not_its_date(chain):
+    f = chain/"found.json"
+    key = lambda: P.code_keys(chain, {"02_double": dict(run_dir="outputs/toy", n=5, sglang="found.json")})["02_double"]["key"]
+    without = key()
+    said = dict(versions=dict(sglang="0.5.23"), figures=dict(x=100), models=[dict(target_sha256="a", seconds=3)], at="2026-01-01")
+    f.write_text(json.dumps(said)); first = key()
+    f.write_text(json.dumps(said | dict(at="2026-02-02", models=[dict(target_sha256="a", seconds=4)])))
+    assert key() == first != without
+    f.write_text(json.dumps(said | dict(models=[dict(target_sha256="b")])))
+    assert key() != first

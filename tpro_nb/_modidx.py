@@ -761,6 +761,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'tpro_nb.pipeline.parser': ('pipeline.html#parser', 'tpro_nb/pipeline.py'),
                                   'tpro_nb.pipeline.publish': ('pipeline.html#publish', 'tpro_nb/pipeline.py'),
                                   'tpro_nb.pipeline.reference_status': ('pipeline.html#reference_status', 'tpro_nb/pipeline.py'),
+                                  'tpro_nb.pipeline.result_hash': ('pipeline.html#result_hash', 'tpro_nb/pipeline.py'),
                                   'tpro_nb.pipeline.row_licences': ('pipeline.html#row_licences', 'tpro_nb/pipeline.py'),
                                   'tpro_nb.pipeline.run': ('pipeline.html#run', 'tpro_nb/pipeline.py'),
                                   'tpro_nb.pipeline.run_folder': ('pipeline.html#run_folder', 'tpro_nb/pipeline.py'),

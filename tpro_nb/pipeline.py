@@ -3,11 +3,11 @@
 # %% auto #0
 __all__ = ['TYPES', 'SCRATCH', 'test', 'PUBLISHED', 'LIMIT_KB', 'FORWARDED', 'code_cells', 'parsed', 'signature', 'inputs_of',
            'stage_names', 'check_params', 'load_params', 'digest', 'code_digest', 'without_comments', 'modules_used',
-           'code_keys', 'why_differs', 'list_outputs', 'artefact_hash', 'Status', 'stage_status', 'status',
-           'reference_status', 'run_lock', 'hms', 'export_all', 'execute', 'row_licences', 'model_card', 'write_cards',
-           'run_stage', 'git_version', 'choose', 'run', 'key_at_start', 'licences_above', 'publish', 'seeds', 'parser',
-           'checkout', 'cmd_run', 'cmd_status', 'cmd_publish', 'cmd_seeds', 'run_folder', 'cmd_report', 'cmd_plan',
-           'cmd_certify', 'cmd_doctor', 'forward', 'main']
+           'result_hash', 'code_keys', 'why_differs', 'list_outputs', 'artefact_hash', 'Status', 'stage_status',
+           'status', 'reference_status', 'run_lock', 'hms', 'export_all', 'execute', 'row_licences', 'model_card',
+           'write_cards', 'run_stage', 'git_version', 'choose', 'run', 'key_at_start', 'licences_above', 'publish',
+           'seeds', 'parser', 'checkout', 'cmd_run', 'cmd_status', 'cmd_publish', 'cmd_seeds', 'run_folder',
+           'cmd_report', 'cmd_plan', 'cmd_certify', 'cmd_doctor', 'forward', 'main']
 
 # %% ../nbs/90_pipeline.ipynb #e4d916a5
 import argparse, ast, difflib, hashlib, importlib, json, os, re, shutil, subprocess, sys, time
@@ -130,6 +130,12 @@ def modules_used(sources: list[str], lib: Path) -> dict[str, str]:
     return dict(sorted(seen.items()))
 
 # %% ../nbs/90_pipeline.ipynb #17981e88
+def result_hash(path: Path) -> str:
+    "Hash of what a committed result (13's `sglang`) says: versions, figures and which models; not its date and seconds."
+    d = read_json(path)
+    if not isinstance(d, dict): return digest(d)
+    return digest([d.get("versions"), d.get("figures"), [{k: v for k, v in m.items() if k.endswith("sha256")} for m in d.get("models", [])]])
+
 def code_keys(root: Path, params: dict[str, dict]) -> dict[str, dict]:
     "For every stage of a profile the parts of its code key, and `key`, their hash."
     out = {}
@@ -139,12 +145,13 @@ def code_keys(root: Path, params: dict[str, dict]) -> dict[str, dict]:
         up = sorted({n.split("/")[0] for n in inputs_of(nb)} & out.keys())
         parts = dict(code=digest([code_digest(s) for s in sources]), modules=modules_used(sources, root/"tpro_nb"),
                      params={k: v for k, v in values.items() if k != "run_dir"}, upstream={u: out[u]["key"] for u in up})
+        if (named := root/(values.get("sglang") or "none")).is_file(): parts["found"] = result_hash(named)
         out[stage] = parts | dict(key=digest(parts))
     return out
 
 def why_differs(old: dict, new: dict) -> str:
     "In words, which part of a code key changed."
-    for part, word in (("code", "its code"), ("params", "parameter"), ("modules", "module"), ("upstream", "upstream")):
+    for part, word in (("code", "its code"), ("params", "parameter"), ("modules", "module"), ("upstream", "upstream"), ("found", "the result it takes in")):
         a, b = old.get(part), new.get(part)
         if a == b: continue
         if not isinstance(b, dict): return f"{word} changed"
