@@ -8,7 +8,7 @@ __all__ = ['STYLE', 'VOTES', 'TEXT', 'PRESETS', 'spans', 'thought', 'shown', 'tr
            'open_page', 'main']
 
 # %% ../nbs/15_playground.ipynb #139ae707
-import argparse, html, json, math, os, random, socket, subprocess, sys, threading, time
+import argparse, html, json, math, os, random, signal, socket, subprocess, sys, threading, time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -306,7 +306,9 @@ PRESETS = {
 def presets(lang: str, tmath: str = "") -> dict[str, list[str]]:
     "Domain → questions; mathematics from a T-Math file where there is one."
     out = {d: list(q[lang]) for d, q in PRESETS.items()}
-    if tmath and Path(tmath).exists() and lang == "ru": out["maths"] = [r["question"] for r in read_jsonl(tmath)[:8] if r.get("question")] or out["maths"]
+    if tmath and Path(tmath).exists() and lang == "ru":
+        asked = [r["question"] for r in read_jsonl(tmath) if r.get("question")]
+        out["maths"] = asked[::max(1, len(asked)//8)][:8] or out["maths"]          # evenly spaced: a file holds its families one after another
     return out
 
 # %% ../nbs/15_playground.ipynb #2184bc78
@@ -502,6 +504,7 @@ def main(argv: list[str] | None = None):
     server = shown = None
     try:
         a = parser().parse_args(argv)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)      # as Ctrl-C: the server and the page end too
         import openai, streamlit
         cfg, server = settle(a)
         shown = open_page(cfg, a.port)
