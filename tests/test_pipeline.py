@@ -208,3 +208,10 @@ def test_a_result_taken_in_is_part_of_the_key_but_not_its_date(chain):
     assert key() == first != without
     f.write_text(json.dumps(said | dict(models=[dict(target_sha256="b")])))
     assert key() != first
+
+def test_two_runs_in_one_folder(chain, monkeypatch):
+    "Kernels talk over sockets in a folder of their own, not over `kernel-ipc-1` in the working directory, where a second run would find those of the first."
+    monkeypatch.chdir(chain)
+    for n in range(1, 6): (chain/f"kernel-ipc-{n}").write_text("another run's")
+    run(chain, only="01")
+    assert states(chain)["01_make"] == "current" and {p.read_text() for p in chain.glob("kernel-ipc*")} == {"another run's"}

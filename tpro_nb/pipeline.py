@@ -10,7 +10,7 @@ __all__ = ['TYPES', 'SCRATCH', 'test', 'PUBLISHED', 'LIMIT_KB', 'FORWARDED', 'co
            'cmd_report', 'cmd_plan', 'cmd_certify', 'cmd_doctor', 'forward', 'main']
 
 # %% ../nbs/90_pipeline.ipynb #e4d916a5
-import argparse, ast, difflib, hashlib, importlib, json, os, re, shutil, subprocess, sys, time
+import argparse, ast, difflib, hashlib, importlib, json, os, re, shutil, subprocess, sys, tempfile, time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -253,12 +253,12 @@ def export_all(root: Path):
 def execute(root: Path, stage: str, params: dict, out: Path, label: str):
     "Run one notebook with papermill; raise UserError for a user's mistake, RuntimeError otherwise, each one line."
     import papermill as pm
-    from jupyter_client import KernelManager
     from nbclient.exceptions import DeadKernelError
-    KernelManager.transport.default_value = "ipc"
-    target = out/f"{stage}.ipynb"
+    from traitlets.config import Config
+    target, sockets = out/f"{stage}.ipynb", tempfile.TemporaryDirectory(prefix="tpro_nb-", ignore_cleanup_errors=True)      # of their own: two runs may share a checkout
     try:
         pm.execute_notebook(str(root/"nbs"/f"{stage}.ipynb"), str(target), parameters=params, kernel_name="python3", cwd=str(root), coalesce_streams=True,
+                            config=Config(KernelManager=dict(transport="ipc", ip=f"{sockets.name}/kernel")),
                             progress_bar=dict(desc=label, leave=False, bar_format="{desc} cell {n_fmt}/{total_fmt} [{elapsed}]", disable=None))
     except pm.PapermillExecutionError as e:
         if e.ename == "UserError": raise UserError(f"{stage}: {e.evalue}") from None
@@ -266,6 +266,7 @@ def execute(root: Path, stage: str, params: dict, out: Path, label: str):
         raise RuntimeError(f"{stage}: {e.ename}: {e.evalue}\n  in cell {e.exec_count}; the executed notebook with the traceback: {target}") from None
     except DeadKernelError:
         raise RuntimeError(f"{stage}: the kernel died (killed, or out of memory). Run again to continue.") from None
+    finally: sockets.cleanup()
 
 # %% ../nbs/90_pipeline.ipynb #f4d198a1
 def row_licences(run: Path, names: list[str]) -> dict[str, int]:
