@@ -143,7 +143,8 @@ def table7_shares() -> Found:
 def steps_from_tokens() -> Found:
     per_step = recipe("midtraining", "sequences")*recipe("midtraining", "context")
     steps, stated = recipe("midtraining", "tokens")/per_step, recipe("midtraining", "steps")
-    return f"40B / {per_step/1e6:.2f}M = {steps:,.0f} steps; {stated:,.0f} steps would be {stated*per_step/1e9:.1f}B", abs(steps/stated - 1) < .01
+    off = abs(steps/stated - 1)                                # packs that are 97.8 % full would explain 9,750: then nothing is contradicted
+    return f"40B / {per_step/1e6:.2f}M = {steps:,.0f} steps; {stated:,.0f} steps would be {stated*per_step/1e9:.1f}B, or packs {100*steps/stated:.1f} % full", off < .01 or (None if off < .05 else False)
 
 @recomputes
 def early_tokens() -> Found:
@@ -717,7 +718,7 @@ def summary(claims: list[dict], metrics: dict[str, dict], model: str) -> list[st
                     + (f", a difference of {gap[0]:.0f} points (95 % interval {gap[1]:.0f} to {gap[2]:.0f})." if None not in gap else "."))
     if (s := get("14_eagle_speedup", "speedup")) is not None and (a := get("14_eagle_speedup", "acceptance_length")) is not None:
         ci = [get("14_eagle_speedup", f"speedup_{e}") for e in ("lo", "hi")]
-        said.append(f"The trained draft makes greedy decoding {s:.2f} times as fast" + (f" (95 % interval {ci[0]:.2f} to {ci[1]:.2f})" if None not in ci else "") + f", at {a:.2f} tokens a verification step; the paper's average is 1.85 at 3.39, on a model of 32B parameters.")
+        said.append(f"The trained draft makes greedy decoding {s:.2f} times as fast" + (f" (95 % interval {ci[0]:.2f} to {ci[1]:.2f})" if None not in ci else "") + f", at {a:.2f} tokens a verification step; the paper's averages are 2.03 at 3.62 for greedy decoding in direct mode and 1.85 at 3.39 at temperature 0.8, on a model of 32B parameters.")
     if get("12_eagle_decoding", "greedy_fp32_identical_pct") is not None:
         said.append(f"Greedy output with the draft equals plain decoding in {get('12_eagle_decoding', 'greedy_fp32_identical_pct'):g} % of the fp32 trials.")
     return said
