@@ -55,7 +55,7 @@ def test_chapter_module_and_inputs(stage):
     for name in P.inputs_of(nb): assert name.split("/")[0] in STAGES and name < stage, f"{stage} reads {name}, which is not earlier"
 
 def test_imports_only_go_down():
-    order = ["core", "assets"] + [s.split("_", 1)[1] for s in STAGES] + ["public_benchmarks", "limits", "grid", "server", "playground", "doctor", "pipeline", "ablate"]
+    order = ["core", "assets"] + [s.split("_", 1)[1] for s in STAGES] + ["public_benchmarks", "limits", "grid", "server", "playground", "benchmark", "doctor", "pipeline", "ablate"]
     for f in (ROOT/"tpro_nb").glob("*.py"):
         if f.stem.startswith("_"): continue
         top = [n for n in ast.walk(ast.parse(f.read_text(encoding="utf-8"))) if isinstance(n, ast.ImportFrom) and (n.level == 1 or (n.module or "").startswith("tpro_nb"))]

@@ -438,6 +438,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 FORWARDED = dict(serve="an OpenAI-compatible server (demo extra)", playground="the chat page (demo extra)", ablate="eight cells of the chain, parts switched off, effects with intervals (eval extra)",
+                 bench="draft on against draft off on a running server, by domain and concurrency (demo extra)",
                  grid="base against dense vocabulary, with and without a draft, on nano models")
 
 # %% ../nbs/90_pipeline.ipynb #d840f784
@@ -502,8 +503,8 @@ def cmd_doctor(a):
     return 2 if got["problems"] else 0
 
 def forward(command: str, rest: list[str]):
-    "`serve`, `playground`, `ablate` and `grid` have arguments of their own; all but the last have dependencies, too."
-    try: module = importlib.import_module(dict(serve="tpro_nb.server").get(command, f"tpro_nb.{command}"))
+    "Commands with arguments of their own; all but `grid` have dependencies, too."
+    try: module = importlib.import_module(dict(serve="tpro_nb.server", bench="tpro_nb.benchmark").get(command, f"tpro_nb.{command}"))
     except ImportError as e:
         raise UserError(f"`tpro-nb {command}` cannot start: {e}. It needs the demo extra: pip install 'tpro_nb[demo]', or in a clone .venv/bin/pip install -e '.[demo]'") from e
     return module.main(rest)
