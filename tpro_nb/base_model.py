@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'INITS', 'check_sizes', 'device', 'load_model', 'smollm2', 'text_bits', 'bits_per_byte', 'row_plan',
            'init_random', 'init_global', 'init_mean', 'init_wmean', 'spelt', 'init_ridge', 'vocab_matrices',
-           'transplant', 'set_specials', 'lora', 'trainable', 'set_attention', 'new_rows', 'merge_and_save', 'whole',
-           'save_folder', 'stored_rows', 'trainer_args', 'Watch', 'sft_trainer', 'last_checkpoint', 'work_key', 'fit',
-           'windows', 'run_steps', 'make_nano', 'get_base', 'heldout_and_train', 'race', 'winner', 'gain']
+           'transplant', 'set_specials', 'lora', 'trainable', 'apart', 'set_attention', 'new_rows', 'merge_and_save',
+           'whole', 'save_folder', 'stored_rows', 'trainer_args', 'Watch', 'sft_trainer', 'last_checkpoint', 'work_key',
+           'check_finite', 'fit', 'windows', 'run_steps', 'make_nano', 'get_base', 'heldout_and_train', 'race',
+           'winner', 'gain']
 
 # %% ../nbs/03_base_model.ipynb #7aba14db
 import json, os, math, shutil, time
@@ -194,10 +195,27 @@ def trainable(model, new_rows=(), rank: int = 16, **kw):
         if hasattr(m, "cast_input_dtype_enabled"): m.cast_input_dtype_enabled = False   # autocast does it: PEFT's own copies to fp32 and back cost a tenth of a step
     return set_attention(model)
 
+def apart(module, q, k, v, mask, scaling, dropout=0.0, position_ids=None, **kw):
+    "Plain attention; of a packed row [1, heads, tokens, width], each conversation by itself, so that its cost grows with their lengths squared and not with the row's."
+    from transformers.models.llama.modeling_llama import eager_attention_forward as plain
+    where = position_ids[0] if position_ids is not None and len(q) == 1 else torch.ones(2)
+    first = ((where[:-1] == 0) & (where[1:] == 1)).nonzero()[:, 0]             # padding repeats position 0 and stays with the last
+    if len(first) < 2: return plain(module, q, k, v, mask, scaling, dropout, **kw)
+    size = torch.diff(first, append=first.new_tensor([len(where)])).tolist()
+    longest = -(-max(size)//32)*32
+    def stack(x): return torch.stack([torch.nn.functional.pad(p, (0, 0, 0, longest - p.shape[1])) for p in x[0].split(size, 1)])      # [conversations, heads, longest, width]
+    causal = torch.full((longest, longest), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1)
+    out, _ = plain(module, stack(q), stack(k), stack(v), causal, scaling, dropout)
+    return torch.cat([o[:n] for o, n in zip(out, size)])[None], None
+
 def set_attention(model):
     "Attention for training: FlashAttention on a GPU that has it installed; plain on a CPU, where torch's fused backward takes 8 ms a layer at any length."
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
     from transformers.utils import is_flash_attn_2_available
-    if not torch.cuda.is_available(): model.set_attn_implementation("eager")
+    if not torch.cuda.is_available():
+        AttentionInterface.register("apart", apart); AttentionMaskInterface.register("apart", eager_mask)
+        model.set_attn_implementation("apart")
     elif is_flash_attn_2_available(): model.set_attn_implementation("flash_attention_2")
     return model
 
@@ -238,7 +256,9 @@ def save_folder(model, tok, folder, rows=()):
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part); tok.save_pretrained(part)
     if len(rows): write_json(part/"new_rows.json", list(rows))
-    shutil.rmtree(folder, ignore_errors=True); part.rename(folder)
+    old = folder.with_name(f".{folder.name}.old"); shutil.rmtree(old, ignore_errors=True)
+    if folder.exists(): folder.rename(old)       # the older model stays until the new one is whole
+    part.rename(folder); shutil.rmtree(old, ignore_errors=True)
 
 def stored_rows(folder, rows):
     "Embedding rows as a model folder stores them."
@@ -294,11 +314,17 @@ def work_key(*parts) -> str:
     import hashlib
     return hashlib.sha256(json.dumps([sha256(p) if isinstance(p, Path) else p for p in parts], default=str).encode()).hexdigest()[:10]
 
+def check_finite(model):
+    "A `UserError` if a trained weight is not a number (of a sharded model, in this process's part)."
+    bad = [n for n, p in model.named_parameters() if p.requires_grad and not torch.isfinite(getattr(p, "to_local", lambda: p)()).all()]
+    if bad: raise UserError(f"{len(bad)} trained weights are not finite, {bad[0]} first; nothing was saved. Lower lr, then run again")
+
 def fit(trainer, work) -> list[dict]:
-    "Train, continuing from the last whole checkpoint; the log's rows (step, loss, learning_rate, ...)."
+    "Train, continuing from the last whole checkpoint; the log's rows (step, loss, learning_rate, ...). Weights that are not finite raise."
     work = Path(work); work.mkdir(parents=True, exist_ok=True)
     trainer.add_callback(Watch(work/"log.jsonl"))
     trainer.train(resume_from_checkpoint=last_checkpoint(work))
+    check_finite(trainer.model)
     return [r for r in trainer.state.log_history if "loss" in r]
 
 # %% ../nbs/03_base_model.ipynb #c9a673ac

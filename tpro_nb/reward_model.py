@@ -121,7 +121,7 @@ def sample(sources: list[dict],   # {name, path, mode: think/direct, n}
 def make_pairs(rows: list[dict],          # completions, grouped by prompt
                judge_of,                  # rows of one prompt -> judge(a, b)
                seed: int = 0) -> tuple[list[dict], list[dict]]:   # pairs; one bracket a prompt
-    "A tournament for every prompt, its participants shuffled within their source."
+    "A tournament for every prompt, its participants shuffled within their source; a pair of equal texts teaches nothing and is left out."
     by_prompt, rng, pairs, brackets = defaultdict(list), random.Random(seed), [], []
     for r in rows: by_prompt[r["id"]].append(r)
     for pid, mine in by_prompt.items():
@@ -133,7 +133,7 @@ def make_pairs(rows: list[dict],          # completions, grouped by prompt
         brackets.append(dict(id=pid, seats=[f"{r['source']} {r['mode']}: {r['verdict']}" for r in seats], matches=matches, pairs=found))
         pairs += [dict(id=pid, prompt=seats[w]["prompt"], chosen=seats[w]["text"], rejected=seats[l]["text"], chosen_source=f"{seats[w]['source']} {seats[w]['mode']}",
                        rejected_source=f"{seats[l]['source']} {seats[l]['mode']}", judged=(w, l) in judged, family=seats[w].get("family"), domain=seats[w].get("domain"),
-                       lang=seats[w].get("lang")) for w, l in found]
+                       lang=seats[w].get("lang")) for w, l in found if seats[w]["text"].strip() != seats[l]["text"].strip()]
     return pairs, brackets
 
 def check_pairs(pairs: list[dict], where: str) -> list[dict]:

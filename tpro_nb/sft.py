@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 from .base_model import device, fit, last_checkpoint, load_model, merge_and_save, new_rows, sft_trainer, trainable, trainer_args, whole, work_key
 from .core import CHAT_TEMPLATE, UserError, read_jsonl, seed_everything
-from .midtraining import prompt_ids, turn_ids
+from .midtraining import check_think, prompt_ids, turn_ids
 
 # %% ../nbs/07_sft.ipynb #682a4caf
 TRAINING_TEMPLATE = """{%- for m in messages -%}
@@ -60,8 +60,8 @@ def show_mask(tok, row: dict, plain: bool = False) -> str:
     return "".join(cells) if plain else '<div style="font-family:monospace;line-height:1.8">' + "".join(cells) + "</div>"
 
 # %% ../nbs/07_sft.ipynb #84634c24
-def dataset(tok, rows: list[dict], context: int, seed: int = 0):
-    "TRL dataset of input_ids and labels in a seeded order, and the percentage of rows that `context` cuts."
+def dataset(tok, rows: list[dict], context: int, seed: int = 0, most_cut: float = 1.0):
+    "TRL dataset of input_ids and labels in a seeded order, and the percentage of rows that `context` cuts; more than `most_cut` is a `UserError`."
     from datasets import Dataset
     rows = [t for r in rows for t in turns(r)]
     if not rows: raise UserError("no training rows: sft_train.jsonl is empty; run stage 05_data again")
@@ -70,6 +70,7 @@ def dataset(tok, rows: list[dict], context: int, seed: int = 0):
     cut = 100*sum(m.pop("cut") for m in made)/len(made)
     live = [m for m in made if any(l != -100 for l in m["labels"])]
     if not live: raise UserError(f"context {context} cuts every row before its answer; raise it")
+    if cut > most_cut: raise UserError(f"context {context} cuts {cut:.1f} % of {len(made)} rows, at most {most_cut:g} % may be: raise context, or leave long rows out in 05_data")
     return Dataset.from_list(live), cut
 
 # %% ../nbs/07_sft.ipynb #eee1271a
@@ -84,6 +85,7 @@ def train(model_dir: str, rows_path: str, out: str, work: str, epochs: float, st
                         weight_decay=weight_decay, clip=clip, save_every=save_every, seed=seed, report_to=report_to, log_every=1 if 0 < steps < 50 else 5,
                         packing=packing, packing_strategy="bfd", padding_free=True, pad_to_multiple_of=64, max_length=context if packing else None)   # rows are cut already
     model, tok = load_model(model_dir, torch.bfloat16)
+    check_think(tok, model_dir)
     data, cut = dataset(tok, read_jsonl(rows_path), context, seed)
     trainer = sft_trainer()(model=trainable(model, new_rows(model_dir), rank), args=args, train_dataset=data, processing_class=tok)
     resumed = last_checkpoint(work)
