@@ -63,7 +63,8 @@ def test_cut_rows_are_counted_and_empty_sets_refused():
     tok = AutoTokenizer.from_pretrained(toy("07_sft/model"))
     rows = toy_rows(8)
     longest = max(len(train_row(tok, r)["input_ids"]) for r in rows)
-    assert dataset(tok, rows, longest)[1] == 0 and dataset(tok, rows, longest - 1)[1] > 0
+    assert dataset(tok, rows, longest)[1] == 0 and dataset(tok, rows, longest - 1, most_cut=100)[1] > 0
+    with pytest.raises(UserError, match="cuts .* % of 8 rows, at most 1 %"): dataset(tok, rows, longest - 1)
     with pytest.raises(UserError, match="no training rows"): dataset(tok, [], 64)
     with pytest.raises(UserError, match="cuts every row"): dataset(tok, toy_rows(8), 5)
 
