@@ -1,10 +1,10 @@
 "Chapters 03 and 06: rows move as they should, new rows train, recipes equal the paper's tables."
 from pathlib import Path
 import pytest, torch, yaml
-from tpro_nb.base_model import (INITS, bits_per_byte, check_sizes, last_checkpoint, load_model, merge_and_save, new_rows, row_plan, run_steps, save_folder, spelt,
+from tpro_nb.base_model import (INITS, bits_per_byte, check_sizes, fit, last_checkpoint, load_model, merge_and_save, new_rows, row_plan, run_steps, save_folder, set_attention, spelt,
                                 text_bits, trainable, transplant, vocab_matrices, windows)
 from tpro_nb.core import TOY_TEXT, UserError, toy, toy_model, toy_tokenizer
-from tpro_nb.midtraining import dataset, turn_ids
+from tpro_nb.midtraining import check_think, dataset, turn_ids
 from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,3 +95,43 @@ def test_midtraining_recipe_is_the_papers():
     assert p["context"] == 32768 and p["batch"]*p["accumulate"]*32 == 128 and p["steps"] == 9750 and p["rank"] == 0
     assert abs(128*p["context"]*p["steps"]/40e9 - 1) < .03
     assert params("h100x32", "03_base_model")["base"] == "Qwen/Qwen3-32B"
+
+def test_packed_attention_is_the_plain_one_and_padded_batches_take_it():
+    "`apart` on a packed row with padding, on a row of one conversation, and on a padded batch: logits of plain attention."
+    m, _ = load_model(toy("03_base_model/base"), torch.float32)
+    row, two = torch.randint(5, 300, (1, 70)), torch.randint(5, 300, (2, 9))
+    packed = dict(input_ids=row, position_ids=torch.tensor([[*range(33), *range(20), *range(9), *[0]*8]]))
+    padded = dict(input_ids=two, attention_mask=torch.tensor([[1]*9, [1]*6 + [0]*3]))
+    for given, live in ((packed, slice(62)), (dict(input_ids=row), slice(None)), (padded, slice(6))):
+        m.set_attn_implementation("eager"); plain = m(**given, use_cache=False).logits[:, live]
+        assert torch.allclose(set_attention(m)(**given, use_cache=False).logits[:, live], plain, atol=1e-4)
+    alone = m(input_ids=row[:, 33:53], use_cache=False).logits
+    assert torch.allclose(m(**packed, use_cache=False).logits[:, 33:53], alone, atol=1e-4)
+
+def test_the_older_model_outlives_a_failed_save(tmp_path, monkeypatch):
+    m, tok = load_model(toy("03_base_model/base"))
+    save_folder(m, tok, tmp_path/"model", [7])
+    was = (tmp_path/"model"/"model.safetensors").read_bytes()
+    with monkeypatch.context() as p:
+        p.setattr(type(tok), "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError): save_folder(m, tok, tmp_path/"model", [8])
+    assert (tmp_path/"model"/"model.safetensors").read_bytes() == was and new_rows(tmp_path/"model") == [7]
+    save_folder(m, tok, tmp_path/"model", [9])
+    assert new_rows(tmp_path/"model") == [9] and not list(tmp_path.glob(".model*"))
+
+def test_weights_that_are_no_numbers_are_never_saved(tmp_path):
+    "A NaN that no logged step shows is found before the folder is written."
+    from types import SimpleNamespace
+    m, _ = load_model(toy("03_base_model/base"), torch.float32)
+    p = trainable(m, [300], 4)
+    def train(resume_from_checkpoint): next(q for q in p.parameters() if q.requires_grad).data[0, 0] = float("inf")
+    trainer = SimpleNamespace(model=p, train=train, add_callback=lambda c: None, state=SimpleNamespace(log_history=[dict(loss=1.)]))
+    with pytest.raises(UserError, match="not finite.*Lower lr"): fit(trainer, tmp_path)
+
+def test_a_tokenizer_that_splits_the_think_tokens_is_refused():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    check_think(AutoTokenizer.from_pretrained(toy("03_base_model/model")))
+    t = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    with pytest.raises(UserError, match="<think> is 7 tokens"): check_think(PreTrainedTokenizerFast(tokenizer_object=t))

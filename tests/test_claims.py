@@ -41,7 +41,7 @@ def test_rules_name_metrics_that_are_defined():
     ("fastest:28", False, "2.28"), ("fastest:2.28", True, "T-Math"), ("table7_change:ruWiki:-24", True, "−23.7"), ("table8_largest_gain:ky", False, "Kazakh"),
     ("steps_from_tokens", None, "9,537"), ("modes_alike", False, "1.70"), ("table2_mean:direct:1.85:3.39", True, "3 benchmarks"), ("table2_mean:think:1.83:3.33", True, "4 benchmarks"),
     ("at_least:23:Qwen3-32B:AIME24:AIME25", False, "−0.043"), ("split:5:Qwen3-32B:4:4", True, "Vikhr"), ("cycle_cost", True, "1.80"), ("length_caps_speed", True, "0.58"),
-    ("transitive_pairs", True, "12 pairs"), ("table13_without:ruCodeEval", False, "0.570 → 0.569"), ("table13_average", True, "0.5"), ("tmath_lead", None, "0.3 standard"),
+    ("transitive_pairs", True, "12 pairs"), ("table13_without:ruCodeEval", False, "0.570 → 0.569"), ("table13_average", True, "0.5"), ("at_least:5:Qwen3-32B:T-Math", True, "0.3 standard"), ("table17_better:labels by DeepSeek-V3:labels by Qwen3-235B", True, "the same figures"),
     ("gpu_hours:dpo:896", True, "896"), ("table16_delta", True, "5 rows"), ("table17_first", False, "Skywork"), ("compound", True, "2.4")])
 def test_recomputations(call, holds, says):
     found, got = C.recompute(call)
@@ -211,7 +211,13 @@ def test_two_runs_side_by_side(tmp_path):
     for name, gain, hi in (("one", 1.2, 1.3), ("two", 1.6, 1.7)):
         d = tmp_path/name/"14_eagle_speedup"; d.mkdir(parents=True)
         core.write_json(d/"metrics.json", dict(speedup=gain, speedup_lo=gain - .1, speedup_hi=hi, prompts=28, **({"draft_ms": .9} if name == "one" else {})))
-    page = compare(tmp_path/"one", tmp_path/"two").read_text(encoding="utf-8")
+        core.write_json(d/"stamp.json", dict(code_key=dict(code="c", modules={}, params=dict(seed=0, tree=name))))
+    (tmp_path/"one"/"07_sft").mkdir(); core.write_json(tmp_path/"one"/"07_sft"/"metrics.json", dict(acc_think_pct=90.))
+    files = lambda: {p: p.read_bytes() for d in ("one", "two") for p in (tmp_path/d).rglob("*") if p.is_file()}
+    before = files()
+    page = compare(tmp_path/"one", tmp_path/"two", tmp_path/"page.html").read_text(encoding="utf-8")
+    assert files() == before
+    assert "Not the same in both: tree one against two." in page and "Only one has this stage." in page and "90.00" in page
     assert "1.20 [1.10, 1.30]" in page and "1.60 [1.50, 1.70]" in page and "1 figures are apart" in page and "one run only" in page and "http" not in page.split("</style>")[1]
     assert apart((1, .9, 1.1), (1.05, 1.0, 1.2)) == "overlap"
     with pytest.raises(core.UserError, match="no finished stage"): compare(tmp_path/"one", tmp_path)

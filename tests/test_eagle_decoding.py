@@ -341,3 +341,80 @@ def test_without_a_compiler_torch_does_the_work(work, monkeypatch):
     dec = ed.Decoder(work/"llama", work/"llama_draft", "float32", context=64)
     assert dec.kind == "torch" and dec.generate([1, 2, 3], 8, tree=(2, 2, 4)) == dec.generate([1, 2, 3], 8)
     with pytest.raises(UserError, match="compil"): ed.Decoder(work/"llama", engine="c")
+
+WAYS = [dict(attention="fused"), dict(steps="fixed"), dict(attention="fused", steps="fixed")]
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda w: "-".join(w.values()))
+@pytest.mark.parametrize("name", ["qwen", "llama"])
+def test_forms_for_a_gpu_give_the_same_text(work, name, way):
+    "Attention without enable_gqa, and the pass of fixed shape: logits up to rounding, text token for token, alone and in a batch."
+    plain, other = (ed.Decoder(work/name, work/f"{name}_draft", "float32", context=128, engine="torch", **w) for w in ({}, way))
+    for i, p in enumerate(prompts(plain.vocab)):
+        a, b = (ed.logits_of(d.target, d.embed, d.head, p) for d in (plain, other))
+        assert (a - b).abs().max() < 2e-4
+        ref = plain.generate(p, 12)
+        for shape in (None, (1, 1, 1), (3, 4, 12)): assert other.generate(p, 12, tree=shape) == ref, shape
+        assert other.generate(p, 12, tree=(9, 9, 24), propose=ed.planted(ref, plain.vocab, i, 16)) == ref
+    two = prompts(plain.vocab)[:2]
+    assert other.generate_batch(two, 8, tree=(2, 3, 5)) == [plain.generate(p, 8) for p in two]
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda w: "-".join(w.values()))
+def test_forms_for_a_gpu_round_no_worse_in_bf16(work, way):
+    exact, plain, other = (ed.Decoder(work/"llama", dtype=t, context=128, engine="torch", **w) for t, w in (("float32", {}), ("bfloat16", {}), ("bfloat16", way)))
+    p = prompts(101)[2]
+    true, a, b = (ed.logits_of(d.target, d.embed, d.head, p) for d in (exact, plain, other))
+    assert (b - a).abs().max() <= 3*(a - true).abs().max()
+
+def test_fixed_pass_is_the_same_whatever_it_holds(work):
+    "What a CUDA graph asks for: the same operations on the same shapes, none that reads a value back; the free pass is the counterexample."
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            heard.append((str(f), *(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))))
+            return f(*args, **(kwargs or {}))
+    def record(e, n):
+        layers = e.layers
+        def listen(*args):
+            with Listener(): return layers(*args)
+        heard.clear(); e.kept.clear(); e.layers = listen
+        e.forward(torch.ones(2, 96), [n, n], n, n, [[n], [n + 1]])
+        del e.layers
+        return list(heard)
+    heard = []
+    fixed, free = (ed.Decoder(work/"llama", dtype="float32", context=128, engine="torch", steps=s).target for s in ("fixed", "free"))
+    assert record(fixed, 20) == record(fixed, 90) and record(free, 20) != record(free, 90)
+    assert not any("_local_scalar_dense" in f or "nonzero" in f for f, *_ in record(fixed, 20))
+
+def test_capture_as_far_as_a_cpu_goes(work, monkeypatch):
+    "Stand-ins for torch.cuda, whose graph repeats the pass into the captured result: one capture a width, results not overwritten by the next replay."
+    from contextlib import nullcontext
+    dec = ed.Decoder(work/"llama", work/"llama_draft", "float32", context=128, engine="torch", steps="fixed")
+    engines, made = (dec.target, dec.draft), []
+    class Graph:
+        def __init__(self): made.append(self)
+        def replay(self):
+            e, (held, _, out) = next((e, k) for e in engines for k in e.kept.values() if k[1] is self)
+            for o, new in zip(out, e.layers(*held, e.cap)):
+                if o is not None: o.copy_(new)
+    class Stream:
+        def wait_stream(self, other): pass
+    for name, stand_in in dict(CUDAGraph=Graph, Stream=Stream, current_stream=Stream, stream=lambda s: nullcontext(), graph=lambda g: nullcontext(),
+                               device=lambda d: nullcontext()).items(): monkeypatch.setattr(torch.cuda, name, stand_in)
+    p = prompts(101)[1]
+    ref = dec.generate(p, 16, tree=(3, 4, 12))
+    for e in engines: e.steps = "graph"; e.kept.clear()
+    for _ in range(2): assert dec.generate(p, 16, tree=(3, 4, 12)) == ref
+    assert len(made) == sum(len(e.kept) for e in engines) > 2
+    at = lambda n: ([n, n], n, n, [[n], [n + 1]])
+    first = dec.target.forward(torch.ones(2, 96), *at(20)); kept = first.clone()
+    second = dec.target.forward(-torch.ones(2, 96), *at(20))
+    assert torch.equal(first, kept) and not torch.equal(first, second)
+
+@pytest.mark.parametrize("way,says", [(dict(attention="flush"), "attention"), (dict(steps="fast"), "steps"), (dict(engine="c", steps="fixed"), "torch engine")])
+def test_unknown_forms_are_refused(way, says):
+    with pytest.raises(UserError, match=says): ed.Decoder("no such model", **way)          # before anything is loaded
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_graphs_without_cuda_are_refused_first(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="CUDA graphs"): ed.Decoder("no such model", device=device, steps="graph")

@@ -8,14 +8,14 @@ __all__ = ['Found', 'RECOMPUTE', 'LANGUAGES', 'SCORES', 'CLASS', 'SIZES', 'PLANN
            'mix_tokens', 'table12_wins', 'standard_error', 'table12_tmath', 'wix_total', 'wix_kept', 'reasoning_pool',
            'reasoning_targets', 'long_rows', 'gpu_hours', 'knockout_pairs', 'transitive_pairs', 'table16_delta',
            'table16_first', 'table17_first', 'table17_totals', 'table17_better', 'table18_first', 'dpo_samples',
-           'dpo_cross_mode', 'two_places', 'wins_losses', 'split', 'most_of', 'at_least', 'tmath_lead', 'rank',
+           'dpo_cross_mode', 'two_places', 'wins_losses', 'split', 'most_of', 'problems', 'at_least', 'rank',
            'tmath_order', 'leads_class', 'direct_above_think', 'ruadapt_suspect', 'fastest', 'length_caps_speed',
            'cycle_cost', 'table2_mean', 'modes_alike', 'think_is_slower', 'heat_slows', 'table21_mean', 'table21_ratio',
            'code_is_fastest', 'bandwidth_bound', 'compound', 'batch_shrinks', 'estimate', 'footprint', 'paper_plan',
            'plan_table', 'plan_sizes', 'plan_against_paper', 'plan_within', 'compute_against_roubles', 'plan_rows',
            'plan', 'plan_against_run', 'value_of', 'where', 'judge', 'claim_table', 'units', 'unit_of', 'figure',
            'with_interval', 'costs', 'verdict', 'ledger', 'counts', 'plain', 'captions', 'stage_view', 'key_numbers',
-           'summary', 'metrics_of', 'report', 'apart', 'compare', 'ledger_html']
+           'summary', 'metrics_of', 'report', 'apart', 'unlike', 'compare', 'ledger_html']
 
 # %% ../nbs/16_claims.ipynb #ba99a05b
 import base64, csv, functools, html, json, math, re, time
@@ -253,8 +253,11 @@ def table17_totals() -> Found:
 
 @recomputes
 def table17_better(a: str, b: str) -> Found:
-    t = {r["model"]: r["total"] for r in paper("paper_table17.csv")}
-    return f"{a}: {t[a]}; {b}: {t[b]}", t[a] > t[b]
+    cols, t = ("factuality", "focus", "math", "precise_if", "safety"), {r["model"]: r for r in paper("paper_table17.csv")}
+    x, y = t[a], t[b]
+    ahead = ", ".join(f"{c} {x[c]} against {y[c]}" for c in cols if x[c] > y[c])
+    twins = [m for m, r in t.items() if m != b and all(r[c] == y[c] for c in cols)]
+    return f"{a}: {x['total']}; {b}: {y['total']}; ahead on {ahead}" + (f"; the table prints {b} and {', '.join(twins)} as the same figures" if twins else ""), x["total"] > y["total"]
 
 @recomputes
 def table18_first(stated: str) -> Found:
@@ -301,18 +304,20 @@ def most_of(table: str, rival: str) -> Found:
     return f"{len(w)} above ({', '.join(w)}), {len(l)} below ({', '.join(l)})", len(w) > len(l)
 
 # %% ../nbs/16_claims.ipynb #852a27ca
-@recomputes
-def at_least(table: str, rival: str, *cols: str) -> Found:
-    "Parity or better on the named columns."
-    a, b = _row(table, "T-pro 2.0"), _row(table, rival)
-    return "; ".join(f"{c} {a[c]:.3f} against {b[c]:.3f} ({a[c] - b[c]:+.3f})" for c in cols), all(a[c] >= b[c] for c in cols)
+def problems(table: str, column: str) -> int | None:
+    "How many problems stand behind a column of a score table (benchmarks.yaml)."
+    rows = yaml.safe_load((_tables()/"benchmarks.yaml").read_text(encoding="utf-8"))["benchmarks"]
+    return next((r["rows"] for r in rows if r.get("paper") == dict(table=SCORES[table], column=column)), None)
 
 @recomputes
-def tmath_lead() -> Found:
-    "Does the lead over the base on T-Math exceed the noise of one run each?"
-    a, b, n = _row("5", "T-pro 2.0")["T-Math"], _row("5", "Qwen3-32B")["T-Math"], int(recipe("tmath", "problems"))
-    se = math.hypot(standard_error(a, n), standard_error(b, n))
-    return f"+{a - b:.3f} on {n} problems, {(a - b)/se:.1f} standard errors (unpaired, one run each)", True if a - b > 1.96*se else None
+def at_least(table: str, rival: str, *cols: str) -> Found:
+    "Is the printed score no lower on the named columns? With each difference in standard errors of two unpaired single runs (binomial by problem)."
+    a, b = _row(table, "T-pro 2.0"), _row(table, rival)
+    def said(c):
+        n = problems(table, c)
+        noise = f", {abs(a[c] - b[c])/math.hypot(standard_error(a[c], n), standard_error(b[c], n)):.1f} standard errors of {n} problems" if n else ""
+        return f"{c} {a[c]:.3f} against {b[c]:.3f} ({a[c] - b[c]:+.3f}{noise})"
+    return "; ".join(map(said, cols)), all(a[c] >= b[c] for c in cols)
 
 @recomputes
 def rank(table: str, column: str, stated: str) -> Found:
@@ -433,7 +438,7 @@ def compound() -> Found:
 def batch_shrinks() -> Found:
     rows = paper("paper_blog_throughput.csv")
     off = max(abs(r["tps_eagle"]/r["tps_base"] - r["speedup"]) for r in rows)
-    return f"{rows[0]['speedup']}× at batch {rows[0]['batch']:g}, {rows[-1]['speedup']}× at {rows[-1]['batch']:g}; ratios agree within {off:.2f}", rows[-1]["speedup"] < rows[0]["speedup"] and off < .011
+    return ", ".join(f"{r['speedup']}× at batch {r['batch']:g}" for r in rows) + f"; ratios agree within {off:.2f}", rows[-1]["speedup"] < rows[0]["speedup"] and off < .011
 
 # %% ../nbs/16_claims.ipynb #ee38d817
 def estimate(stage: str,              # its name
@@ -753,8 +758,17 @@ def apart(a: tuple, b: tuple) -> str:
     if None in a + b: return "same" if a[0] == b[0] else "differ"
     return "apart" if a[1] > b[2] or b[1] > a[2] else "overlap"
 
+def unlike(x: dict, y: dict) -> str:
+    "What the stamps of one stage in two runs say was different: its code, and each parameter with both values."
+    x, y = (s.get("code_key") or {} for s in (x, y))
+    if not (x and y): return ""
+    said = ["the code"] if any(x.get(k) != y.get(k) for k in ("code", "modules")) else []
+    p, q = x.get("params", {}), y.get("params", {})
+    said += [f"{k} {p.get(k, '–')} against {q.get(k, '–')}" for k in sorted(p.keys() | q.keys()) if p.get(k) != q.get(k)]
+    return f"Not the same in both: {'; '.join(said)}." if said else ""
+
 def compare(a: Path, b: Path,        # two run folders
-            to: Path | None = None,  # the page; compare.html in b by default
+            to: Path | None = None,  # the page; by default outputs/compare_A_B.html in the checkout (else here)
            ) -> Path:
     "Write the self-contained page that sets two runs side by side."
     from jinja2 import Environment
@@ -763,22 +777,23 @@ def compare(a: Path, b: Path,        # two run folders
     for p in (a, b):
         if not metrics_of(p): raise UserError(f"no finished stage in {p}: give two profiles or run folders, such as outputs/reference/cpu")
     views = [{p.name: stage_view(p) for p in sorted(d.glob("[0-9]*")) if (p/"metrics.json").exists()} for d in (a, b)]
-    stages = []
-    for stage in [s for s in views[0] if s in views[1]]:
-        x, y = (v[stage] for v in views)
+    stages, none = [], dict(metrics={}, figures=[], stamp={})
+    root = project_root()
+    name = lambda p: str(p.resolve().relative_to(root)) if root and p.resolve().is_relative_to(root) else p.name
+    for stage in sorted(views[0].keys() | views[1].keys()):
+        x, y = (v.get(stage, none) for v in views)
         get = lambda v, k: tuple(v["metrics"].get(k + e) for e in ("", "_lo", "_hi"))
         rows = [dict(r, a=with_interval(*get(x, r["key"])) if get(x, r["key"])[0] is not None else "–", b=with_interval(*get(y, r["key"])) if get(y, r["key"])[0] is not None else "–",
                      mark=apart(get(x, r["key"]), get(y, r["key"]))) for r in key_numbers(stage, y["metrics"] | {k: x["metrics"][k] for k in x["metrics"] if k not in y["metrics"]})]
         pictures = [{f["name"]: f["data"] for f in v["figures"]} for v in (x, y)]
-        keys = [(v["stamp"].get("code_key") or {}).get("code") for v in (x, y)]
-        stages.append(dict(stage=stage, rows=rows, code="The two ran different code." if None not in keys and keys[0] != keys[1] else "",
+        lone = next((f"Only {name(d)} has this stage." for d, v in ((a, y), (b, x)) if v is none), "")
+        stages.append(dict(stage=stage, rows=rows, note=lone or unlike(x["stamp"], y["stamp"]),
                            figures=[dict(name=n, a=d, b=pictures[1][n]) for n, d in pictures[0].items() if n in pictures[1]]))
     marks = Counter(r["mark"] for s in stages for r in s["rows"])
     style = re.search(r"<style>(.*?)</style>", (_tables()/"report.html.j2").read_text(encoding="utf-8"), re.S)[1]
-    root = project_root()
-    name = lambda p: str(p.resolve().relative_to(root)) if root and p.resolve().is_relative_to(root) else p.name
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string((_tables()/"compare.html.j2").read_text(encoding="utf-8"))
-    return atomic_write(to or b/"compare.html", page.render(a=name(a), b=name(b), style=Markup(style), stages=stages, apart=marks["apart"], moved=marks["differ"],
+    to = to or (root/"outputs" if root else Path.cwd())/f"compare_{name(a).replace('/', '-')}_{name(b).replace('/', '-')}.html"
+    return atomic_write(to, page.render(a=name(a), b=name(b), style=Markup(style), stages=stages, apart=marks["apart"], moved=marks["differ"],
                                                             same=marks["same"] + marks["overlap"], lone=marks["one run only"], made=time.strftime("%F %H:%M")))
 
 # %% ../nbs/16_claims.ipynb #0423933c

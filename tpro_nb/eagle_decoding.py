@@ -4,12 +4,12 @@
 __all__ = ['C_TYPES', 'C_WEIGHT', 'C_MATMUL', 'C_SMALL', 'C_ATTENTION', 'C_FORWARD', 'C_ENTRY', 'C_FUSED', 'C_PROPOSE',
            'C_SOURCE', 'PROOF_PROMPTS', 'Tree', 'expand', 'rerank', 'grow', 'draw_tree', 'verify_greedy',
            'verify_sampled', 'distribution', 'Stack', 'layer_weights', 'target_stack', 'draft_stack', 'TorchEngine',
-           'table', 'DraftWeights', 'greedy_pass', 'draft_pass', 'propose_pass', 'causal', 'logits_of', 'cpu_flags',
-           'kernels', 'pack', 'interleaved', 'Packed', 'ptr', 'CEngine', 'addr', 'ints', 'flat', 'fits', 'engine_for',
-           'load_target', 'local_draft', 'Decoder', 'chooser', 'generate', 'generate_batch', 'planted', 'broken_greedy',
-           'identity', 'exact', 'chi2_p', 'tiny_target', 'tiny_tree', 'draw_text', 'broken_sampled', 'broken_top',
-           'tiny_dist', 'chi2_tests', 'chi2_decoder', 'classify', 'bf16_compare', 'sampling_proof', 'proof',
-           'nano_identity', 'spread']
+           'table', 'torch_options', 'DraftWeights', 'greedy_pass', 'draft_pass', 'propose_pass', 'causal', 'logits_of',
+           'cpu_flags', 'kernels', 'pack', 'interleaved', 'Packed', 'ptr', 'CEngine', 'addr', 'ints', 'flat', 'fits',
+           'engine_for', 'load_target', 'local_draft', 'Decoder', 'chooser', 'generate', 'generate_batch', 'planted',
+           'broken_greedy', 'identity', 'exact', 'chi2_p', 'tiny_target', 'tiny_tree', 'draw_text', 'broken_sampled',
+           'broken_top', 'tiny_dist', 'chi2_tests', 'chi2_decoder', 'classify', 'bf16_compare', 'sampling_proof',
+           'proof', 'nano_identity', 'spread']
 
 # %% ../nbs/12_eagle_decoding.ipynb #c7e490c5
 import ctypes, hashlib, itertools, json, os, platform, shutil, subprocess, sys, time
@@ -183,8 +183,11 @@ def draft_stack(draft: EagleDraft) -> Stack:
 class TorchEngine:
     "Static cache and tree attention in torch operations; the readable engine, and the one for GPUs."
     taps, aux = (), None    # layers whose output an EAGLE-3 draft reads; of the last pass, [q, taps*H] float32
-    def __init__(self, stack: Stack, capacity: int, dtype=torch.float32, device="cpu", threads: int = 0):
+    ROWS = 64               # rows of one fixed pass; longer prompts are read freely
+    def __init__(self, stack: Stack, capacity: int, dtype=torch.float32, device="cpu", threads: int = 0,
+                 attention="mask", steps="free"):   # see `torch_options`
         self.s, self.cap, self.dtype, self.device = stack, capacity, dtype, device
+        self.attention, self.steps, self.kept = attention, steps, {}
         self.w = [{k: None if v is None else v.to(device, dtype) for k, v in l.items()} for l in stack.layers]
         self.final = None if stack.final is None else stack.final.to(device, dtype)
         self.k, self.v = (torch.zeros(len(self.w), stack.kv, capacity, stack.hd, dtype=dtype, device=device) for _ in "kv")
@@ -209,31 +212,82 @@ def table(pos, past, slot, seen, base=0) -> list[list[int]]:
     return [[p, s, b, n, len(v), *v] for p, s, b, n, v in zip(pos, slot, base, past, seen)]
 
 # %% ../nbs/12_eagle_decoding.ipynb #de208c8f
-@torch.no_grad()
-def _torch_forward(self, x: torch.Tensor,        # [q, H] float32
-                   pos, past, slot, seen, base=0,
-                   beside=None) -> torch.Tensor: # [q, H], laid beside what attention reads (EAGLE-3's embedding)
-    "Hidden states after the stack, [q, H] float32; those after the taps are left in `aux`."
-    s, q, rows, tapped = self.s, len(pos), table(pos, past, slot, seen, base), []
-    slots = [r[1] for r in rows]
-    end = max(slots) + 1
-    mask = torch.zeros(q, end, dtype=torch.bool)
-    for i, (_, _, b, n, _, *v) in enumerate(rows): mask[i, b:b + n] = True; mask[i, v] = True
-    mask, p, x = mask.to(self.device), torch.tensor(pos, device=self.device), x.to(self.device)
+def _torch_attend(self, n: int, a, mask, end: int):     # a: [q, heads, hd], rotated; mask [q, end], None for a whole prompt
+    "Attention of layer `n` over the first `end` slots, [q, heads*hd]."
+    s, q, k, v, a = self.s, len(a), self.k[n:n + 1, :, :end], self.v[n:n + 1, :, :end], a.transpose(0, 1).to(self.dtype)
+    if mask is None: y = F.scaled_dot_product_attention(a[None], k, v, is_causal=True, enable_gqa=True)
+    elif self.attention == "mask": y = F.scaled_dot_product_attention(a[None], k, v, attn_mask=mask, enable_gqa=True)
+    else: y = F.scaled_dot_product_attention(a.reshape(1, s.kv, -1, s.hd), k, v, attn_mask=mask.repeat(s.heads//s.kv, 1))   # a group's heads as rows of their key head
+    return y.reshape(s.heads, q, s.hd).transpose(0, 1).reshape(q, -1)
+
+def _torch_layers(self, x, pos, slots, mask, beside, end: int):
+    "The stack over tensors on the device: hidden states [q, H] and what the taps leave. No tensor's content decides an operation or a shape."
+    s, q, tapped = self.s, len(x), []
     for n, w in enumerate(self.w):
         h = x if w["ln1"] is None else self.norm(x, w["ln1"])
         if beside is not None: h = torch.cat([beside, h], -1)
         a, b, c = self.mm(h, w["qkv"]).view(q, -1, s.hd).split([s.heads, s.kv, s.kv], 1)
         if w["q_norm"] is not None: a, b = self.norm(a, w["q_norm"]), self.norm(b, w["k_norm"])
-        self.k[n, :, slots], self.v[n, :, slots] = self.rope(b, p).transpose(0, 1).to(self.dtype), c.transpose(0, 1).to(self.dtype)
-        y = F.scaled_dot_product_attention(self.rope(a, p).transpose(0, 1).to(self.dtype)[None], self.k[n:n + 1, :, :end], self.v[n:n + 1, :, :end],
-                                           attn_mask=mask, enable_gqa=True)[0]
-        x = x + self.mm(y.transpose(0, 1).reshape(q, -1), w["o"])
+        self.k[n].index_copy_(1, slots, self.rope(b, pos).transpose(0, 1).to(self.dtype))
+        self.v[n].index_copy_(1, slots, c.transpose(0, 1).to(self.dtype))
+        x = x + self.mm(self.attend(n, self.rope(a, pos), mask, end), w["o"])
         g, u = self.mm(self.norm(x, w["ln2"]), w["gate_up"]).chunk(2, -1)
         x = x + self.mm(F.silu(g)*u, w["down"])
         if n in self.taps: tapped.append(x)
-    self.aux = torch.cat(tapped, -1) if tapped else None
-    return x if self.final is None else self.norm(x, self.final)
+    return x if self.final is None else self.norm(x, self.final), torch.cat(tapped, -1) if tapped else None
+
+# %% ../nbs/12_eagle_decoding.ipynb #f12a0001
+@torch.no_grad()
+def _torch_forward(self, x: torch.Tensor,        # [q, H] float32
+                   pos, past, slot, seen, base=0,
+                   beside=None) -> torch.Tensor: # [q, H], laid beside what attention reads (EAGLE-3's embedding)
+    "Hidden states after the stack, [q, H] float32; those after the taps are left in `aux`."
+    q, rows = len(pos), table(pos, past, slot, seen, base)
+    slots = [r[1] for r in rows]
+    end = max(slots) + 1
+    mask = torch.zeros(q, end, dtype=torch.bool)
+    for i, (_, _, b, n, _, *v) in enumerate(rows): mask[i, b:b + n] = True; mask[i, v] = True
+    whole = self.attention == "fused" and q == end and torch.equal(mask, torch.ones_like(mask).tril())
+    given = x.to(self.device), torch.tensor(pos, device=self.device), torch.tensor(slots, device=self.device)
+    if self.steps == "free" or whole or q > self.ROWS: y, self.aux = self.layers(*given, None if whole else mask.to(self.device), beside, end)
+    else: y, self.aux = self.fixed(*given, F.pad(mask, (0, self.cap - end)).to(self.device), beside)
+    return y
+
+TorchEngine.attend, TorchEngine.layers, TorchEngine.forward = _torch_attend, _torch_layers, _torch_forward
+
+# %% ../nbs/12_eagle_decoding.ipynb #f12a0003
+def torch_options(engine: str, device: str, attention: str, steps: str):
+    "Refuse what the torch engine cannot do here, before anything is loaded."
+    if attention not in ("mask", "fused"): raise UserError(f"attention {attention!r}: must be 'mask' or 'fused'")
+    if steps not in ("free", "fixed", "graph"): raise UserError(f"steps {steps!r}: must be 'free', 'fixed' or 'graph'")
+    if steps == "graph" and not (str(device).startswith("cuda") and torch.cuda.is_available()):
+        raise UserError(f"steps 'graph' captures CUDA graphs; the device is {device!r}, and torch sees {'a' if torch.cuda.is_available() else 'no'} CUDA device. Use device='cuda' where there is one, else steps='free'")
+    if engine == "c" and (attention, steps) != ("mask", "free"): raise UserError("attention and steps belong to the torch engine; use engine='torch', or leave them at 'mask' and 'free'")
+
+def _torch_fixed(self, *given):                     # as for `layers`, mask over the whole cache
+    "A pass in memory kept for its number of rows; with `graph` captured at first and replayed."
+    key = (len(given[0]), *self.taps)
+    if key not in self.kept: self.kept[key] = [[None if g is None else g.clone() for g in given], None, None]
+    held, graph, out = kept = self.kept[key]
+    for h, g in zip(held, given):
+        if h is not None: h.copy_(g)
+    if self.steps == "fixed": return self.layers(*held, self.cap)
+    if graph is None: kept[1:] = graph, out = self.capture(held)
+    graph.replay()
+    return [None if o is None else o.clone() for o in out]      # the next replay writes over them
+
+def _torch_capture(self, held):
+    "The fixed pass as a CUDA graph, and the tensors in which it leaves its result (never run on a GPU yet)."
+    with torch.cuda.device(self.device):
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3): self.layers(*held, self.cap)     # libraries must have set themselves up; writes the same slots each time
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph): out = self.layers(*held, self.cap)
+    return graph, out
+
+TorchEngine.fixed, TorchEngine.capture = _torch_fixed, _torch_capture
 
 # %% ../nbs/12_eagle_decoding.ipynb #e7a1c015
 @dataclass
@@ -274,7 +328,7 @@ def propose_pass(e, w: DraftWeights, tokens: list[int], feats: tuple, n: int, de
         return t, v
     return expand((t[0], v[0]), step, depth, topk)
 
-TorchEngine.forward, TorchEngine.greedy, TorchEngine.propose = _torch_forward, greedy_pass, propose_pass
+TorchEngine.greedy, TorchEngine.propose = greedy_pass, propose_pass
 
 # %% ../nbs/12_eagle_decoding.ipynb #917c5a9f
 def causal(n: int, slot: int = 0) -> list[list[int]]:
@@ -691,11 +745,12 @@ def fits(stack: Stack, dtype) -> bool:
     H, I = stack.layers[0]["down"].shape
     return kernels(dtype) is not None and H % 16 == 0 and I % 16 == 0 and stack.hd % 16 == 0
 
-def engine_for(stack, capacity, dtype, device="cpu", threads=0, kind="auto"):
-    "The compiled engine where it fits, else torch."
+def engine_for(stack, capacity, dtype, device="cpu", threads=0, kind="auto", attention="mask", steps="free"):
+    "The compiled engine where it fits and the torch engine's own options are not asked for, else torch."
     ok = device == "cpu" and fits(stack, dtype)
     if kind == "c" and not ok: raise UserError("no compiled kernels here (a C compiler and widths in multiples of 16 are needed); use engine='torch'")
-    return (CEngine if ok and kind != "torch" else TorchEngine)(stack, capacity, dtype, device, threads)
+    if ok and kind != "torch" and (attention, steps) == ("mask", "free"): return CEngine(stack, capacity, dtype, device, threads)
+    return TorchEngine(stack, capacity, dtype, device, threads, attention, steps)
 
 # %% ../nbs/12_eagle_decoding.ipynb #917414f6
 def load_target(model_dir, dtype):
@@ -721,14 +776,17 @@ class Decoder:
                  dtype="bfloat16",           # weights and cache: bfloat16 or float32
                  context: int = 2048,        # tokens the cache holds
                  engine: str = "auto",       # auto, c or torch
-                 device: str = "cpu", threads: int = 0):
+                 device: str = "cpu", threads: int = 0,
+                 attention: str = "mask",    # of the torch engine: mask, or fused (kernels for GPUs)
+                 steps: str = "free"):       # of the torch engine: free, fixed (static shapes) or graph (the same, captured)
+        torch_options(engine, device, attention, steps)
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         model = load_target(model_dir, self.dtype)
         c, head = model.config, model.get_output_embeddings().weight.data
         self.vocab, self.hidden = head.shape
         self.context = min(context, c.max_position_embeddings)
         self.embed = model.get_input_embeddings().weight.data.to(device)
-        make = lambda stack, extra: engine_for(stack, self.context + extra, self.dtype, device, threads, engine)
+        make = lambda stack, extra: engine_for(stack, self.context + extra, self.dtype, device, threads, engine, attention, steps)
         self.target = make(target_stack(model), 0)
         self.head, self.draft = self.target.prepare(head), None
         self.kind = "c" if isinstance(self.target, CEngine) else "torch"

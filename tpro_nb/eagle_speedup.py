@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from .core import Run, UserError, atomic_write, environment, launch, ratio_ci, read_json, read_jsonl, toy, write_json, write_jsonl
-from .eagle_decoding import Decoder, causal, load_target, spread, PROOF_PROMPTS
+from .eagle_decoding import Decoder, causal, load_target, spread, PROOF_PROMPTS, torch_options
 from .eagle_draft import PASSAGE, TEMPLATES, TOPICS, fill, general_prompts, random_draft, render, stop_ids
 
 # %% ../nbs/14_eagle_speedup.ipynb #fdbe7f46
@@ -136,10 +136,11 @@ def contestants(dec: Decoder, hf, shape, eos, temperature: float, seed: int) -> 
 
 # %% ../nbs/14_eagle_speedup.ipynb #7e66d2d9
 def measure(model: str, draft: str, rows: list[dict], dev: list[dict], judge: list[dict], shapes: list, new: int, dev_new: int, judge_new: int, eos: list[int], sizes: list[int],
-            baselines: int, sampled: int, temperature: float, context: int, device: str, name: str, work: str, seed: int = 0) -> dict:
+            baselines: int, sampled: int, temperature: float, context: int, device: str, name: str, work: str, seed: int = 0,
+            attention: str = "mask", steps: str = "free") -> dict:
     "Choose the tree on `dev`, forecast on `judge`, then measure on `rows`; events go to work/<name>.jsonl."
     from tqdm.auto import tqdm
-    dec = Decoder(model, draft, "bfloat16", context=context, device=device)
+    dec = Decoder(model, draft, "bfloat16", context=context, device=device, attention=attention, steps=steps)
     hf = load_target(model, torch.bfloat16).to(device) if baselines else None
     sizes = sorted({1, *sizes, *(s[2] + 1 for s in shapes)})
     total = len(dev)*(1 + len(shapes)) + 2*len(judge) + 2*len(rows) + 2*sampled + 2*baselines
