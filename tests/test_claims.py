@@ -217,7 +217,7 @@ def test_two_runs_side_by_side(tmp_path):
     before = files()
     page = compare(tmp_path/"one", tmp_path/"two", tmp_path/"page.html").read_text(encoding="utf-8")
     assert files() == before
-    assert "Not the same in both: tree one against two." in page and "Only one has this stage." in page and "90.00" in page
+    assert "Not the same in both: tree one against two." in page and "Only one has this stage." in page and "acc_think_pct" in page
     assert "1.20 [1.10, 1.30]" in page and "1.60 [1.50, 1.70]" in page and "1 figures are apart" in page and "one run only" in page and "http" not in page.split("</style>")[1]
     assert apart((1, .9, 1.1), (1.05, 1.0, 1.2)) == "overlap"
     with pytest.raises(core.UserError, match="no finished stage"): compare(tmp_path/"one", tmp_path)

@@ -9,7 +9,7 @@ __all__ = ['SMOLLM2', 'INITS', 'check_sizes', 'device', 'load_model', 'smollm2',
            'winner', 'gain']
 
 # %% ../nbs/03_base_model.ipynb #7aba14db
-import json, os, math, shutil, time
+import json, os, math, shutil, time, zipfile
 from pathlib import Path
 import numpy as np
 import torch
@@ -227,15 +227,14 @@ def new_rows(folder) -> list[int]:
 # %% ../nbs/03_base_model.ipynb #2a135a9b
 def merge_and_save(model, tok, folder,
                    source=None,         # the folder training started from: its rows are compared, its new_rows.json goes along
-                   ) -> float:          # percent of new rows that changed (nan without new rows)
+                   ) -> float:          # percent of new rows that changed, of an untied pair the lower (nan without new rows)
     "Merge adapters, save a complete bf16 folder in one step, assert that the new rows changed."
     folder, rows = Path(folder), new_rows(source) if source else []
     if hasattr(model, "merge_and_unload"): model = model.float().merge_and_unload()
     model = model.to(torch.bfloat16)
     changed = float("nan")
     if rows:
-        now, was = vocab_matrices(model)[0].detach().cpu()[rows], stored_rows(source, rows)
-        changed = 100*(now != was.to(now.dtype)).any(1).double().mean().item()
+        changed = min(100*(now.detach().cpu()[rows] != was.to(now.dtype)).any(1).double().mean().item() for now, was in zip(vocab_matrices(model), stored_rows(source, rows), strict=True))
         if changed == 0: raise RuntimeError(f"{folder}: no new vocabulary row changed in training")
     set_specials(model, tok)
     save_folder(model, tok, folder, rows)
@@ -247,7 +246,10 @@ def whole(trainer, load):   # load(): the model training started from, for its s
     if trainer.is_fsdp_enabled:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if trainer.is_world_process_zero(): model = load(); model.load_state_dict(state, strict=False)
+        if trainer.is_world_process_zero():
+            model = load(); got = model.load_state_dict(state, strict=False)
+            lost = {*got.missing_keys, *got.unexpected_keys} - {*(getattr(model, "all_tied_weights_keys", None) or ())}      # a tied head is stored once
+            if lost: raise RuntimeError(f"{len(lost)} weights did not come back from the shards, {min(lost)} among them; nothing was saved")
     return model if trainer.is_world_process_zero() else None
 
 def save_folder(model, tok, folder, rows=()):
@@ -261,9 +263,8 @@ def save_folder(model, tok, folder, rows=()):
     part.rename(folder); shutil.rmtree(old, ignore_errors=True)
 
 def stored_rows(folder, rows):
-    "Embedding rows as a model folder stores them."
-    m = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")
-    return m.get_input_embeddings().weight.detach()[rows]
+    "Rows of the embedding, and of an untied head, as a model folder stores them."
+    return [W.detach()[rows] for W in vocab_matrices(AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto"))]
 
 # %% ../nbs/03_base_model.ipynb #79b948fe
 def trainer_args(cls, work, steps: int = -1, epochs: float = 1.0, batch: int = 8, accumulate: int = 1, lr: float = 1e-4, warmup: float = 0, schedule: str = "cosine",
@@ -306,7 +307,12 @@ def sft_trainer():
 # %% ../nbs/03_base_model.ipynb #f34035da
 def last_checkpoint(work) -> str | None:
     "The newest whole checkpoint under `work`, None where there is none."
-    found = [p for p in Path(work).glob("checkpoint-*") if (p/"trainer_state.json").exists() and any((p/f).exists() for f in ("optimizer.pt", "optimizer_0", "optimizer.bin"))]   # one process; FSDP, sharded; FSDP, full
+    def whole(p):
+        files = [p/f for f in ("optimizer.pt", "optimizer.bin", "optimizer_0") if (p/f).exists()]                   # one process; FSDP, full; FSDP, sharded (a folder)
+        try: json.loads((p/"trainer_state.json").read_text())
+        except (OSError, ValueError): return False
+        return bool(files) and all(f.is_dir() or zipfile.is_zipfile(f) for f in files)
+    found = [p for p in Path(work).glob("checkpoint-*") if whole(p)]
     return str(max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))) if found else None
 
 def work_key(*parts) -> str:
