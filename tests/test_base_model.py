@@ -101,7 +101,7 @@ def test_midtraining_recipe_is_the_papers():
     assert (p["lr"], p["lr_min"], p["warmup"], p["beta2"], p["eps"], p["weight_decay"], p["clip"]) == (1e-5, 1e-6, 100, .95, 1e-8, 1e-6, 1.0)
     assert p["context"] == 32768 and p["batch"]*p["accumulate"]*32 == 128 and p["steps"] == 9750 and p["rank"] == 0
     assert abs(128*p["context"]*p["steps"]/40e9 - 1) < .03
-    assert params("h100x32", "03_base_model")["base"] == "Qwen/Qwen3-32B"
+    assert params("h100x32", "03_base_model")["base"] == "Qwen/Qwen3-32B" and params("h100x32", "08_reward_model")["max_length"] == 32768      # App. F
 
 def test_packed_attention_is_the_plain_one_and_padded_batches_take_it():
     "`apart` on a packed row with padding, on a row of one conversation, and on a padded batch: logits of plain attention."

@@ -165,6 +165,20 @@ def test_trl_configs_carry_the_stages_values(big):
     assert (mid.learning_rate, mid.max_length, mid.packing, mid.adam_beta2, mid.max_grad_norm, mid.max_steps) == (1e-5, 32768, True, .95, 1.0, 9750)
     assert mid.lr_scheduler_kwargs == dict(min_lr=1e-6) and got["07_sft"].max_steps == -1 and got["07_sft"].num_train_epochs == 2
     assert (dpo.beta, dpo.learning_rate, dpo.max_length, dpo.loss_type) == (.5, 1e-7, 16384, ["sigmoid"])
+    schedule = got["07_sft"].lr_scheduler_type
+    assert getattr(schedule, "value", schedule) == "cosine"
+
+def test_trackers_that_are_not_there_are_refused(big, monkeypatch):
+    asked = {s: p | (dict(report_to=n) if (n := {"06_midtraining": "trackio", "07_sft": "tensorbord", "09_dpo": "wandb"}.get(s)) else {}) for s, p in big.items()}
+    monkeypatch.setattr(D, "find_spec", lambda name: object() if name == "wandb" else None)
+    got = [p for p in D.examine(asked, ROOT/"params"/"h100x32")["problems"] if "report_to" in p]
+    assert len(got) == 2 and "06_midtraining: report_to is 'trackio'" in got[0] and "pip install trackio" in got[0] and "07_sft: report_to is 'tensorbord'; none" in got[1]
+
+def test_a_stage_is_weighed_by_the_file_it_names(big):
+    named = lambda f: {s: p | (dict(accelerate=f"params/h100x32/{f}") if s == "07_sft" else {}) for s, p in big.items()}
+    row = lambda f: next(r for r in D.examine(named(f), ROOT/"params"/"h100x32")["fits"] if r["stage"] == "07_sft")
+    assert (row("accelerate.yaml")["parts"], row("accelerate_sequence.yaml")["parts"]) == (1, 4)
+    assert any("no_such.yaml" in p for p in D.examine(named("no_such.yaml"), ROOT/"params"/"h100x32")["problems"])
 
 def test_base_models_are_found_or_named():
     assert D.count(D.config_of(str(toy("07_sft/model")))) < 10**6

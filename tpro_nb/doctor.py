@@ -3,11 +3,12 @@
 # %% auto #0
 __all__ = ['QWEN3', 'PROMPT', 'WRITES', 'HOST_GB', 'qwen3', 'count', 'config_of', 'sizes', 'memory', 'writing',
            'accelerate_config', 'trainings', 'trl_configs', 'model_rows', 'remedies', 'weigh', 'launch_line', 'servers',
-           'other_cards', 'row_split', 'examine', 'cautions', 'said']
+           'other_cards', 'row_split', 'untracked', 'examine', 'cautions', 'said']
 
 # %% ../nbs/91_doctor.ipynb #b93a9397
 import json, math, tempfile
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from warnings import catch_warnings, simplefilter
 import torch, yaml
@@ -179,10 +180,11 @@ def remedies(c, t: dict, how: dict, card_gb: float) -> str:
 WRITES = [("07_sft", "eval_batch", "eval_tokens"), ("08_reward_model", "sample_batch", "max_new_tokens_think"), ("09_dpo", "sample_batch", "max_new_tokens_think"),
           ("10_evaluation", "batch_size", "max_new_tokens_think"), ("11_eagle_draft", "gen_batch", "chain_max_new")]
 
-def weigh(c, params: dict, ts: list[dict], acc: dict | None, card_gb: float) -> tuple[list[dict], list[dict], list[str]]:
-    "Rows for every training and every writing stage, and the problems found."
+def weigh(c, params: dict, ts: list[dict], acc_of, card_gb: float) -> tuple[list[dict], list[dict], list[str]]:
+    "Rows for every training and every writing stage, and the problems found. `acc_of` gives the accelerate summary a training starts with."
     fits, writes, problems = [], [], []
     for t in ts:
+        acc = acc_of(t)
         many = acc is not None and t["nproc"] > 1
         how = dict(shards=acc["shards"], parts=acc["parts"]) if many else dict(shards=1, parts=1)
         m = memory(c, **model_rows(t), **how)
@@ -246,6 +248,16 @@ def row_split(c, ts: list[dict], configs: dict, params: dict) -> list[dict]:
             out.append(dict(file=name, stage=t["stage"], parts=a["parts"], total=sum(m.values()), usable=why))
     return out
 
+# %% ../nbs/91_doctor.ipynb #2a3d29f1
+def untracked(params: dict) -> list[str]:
+    "Problems: values of report_to that are unknown, or whose package is not installed."
+    out = []
+    for stage, p in params.items():
+        if (name := p.get("report_to", "none")) == "none": continue
+        if name not in ("tensorboard", "trackio", "wandb"): out.append(f"{stage}: report_to is {name!r}; none, tensorboard, trackio or wandb.")
+        elif find_spec(name) is None: out.append(f"{stage}: report_to is {name!r}, and that package is not installed: pip install {name}, or report_to: none.")
+    return out
+
 # %% ../nbs/91_doctor.ipynb #2a3d29fa
 HOST_GB = 2000      # a DGX H100 has 2 TB
 
@@ -274,8 +286,13 @@ def examine(params: dict,                     # a profile's checked parameters b
     with torch.device("meta"): classes = {type(m).__name__ for m in AutoModelForCausalLM.from_config(c).modules()}
     for name, a in configs.items():
         if lost := set(a["wraps"]) - classes: problems.append(f"{name}: fsdp_transformer_layer_cls_to_wrap {', '.join(lost)} is no layer of {base}; it has {', '.join(sorted(k for k in classes if k.endswith('DecoderLayer')))}.")
-    fits, writes, more = weigh(c, params, ts, acc, card_gb)
-    problems += more
+    def acc_of(t):                        # the file a stage names, if it is not the profile's own
+        name = Path(t["accelerate"]).name
+        return acc if cards or name in ("", file.name) else configs.get(name, acc)
+    problems += [f"{t['stage']}: accelerate names {t['accelerate']}, which {folder} does not hold or which does not start (see above)."
+                 for t in ts if t["accelerate"] and Path(t["accelerate"]).name not in configs]
+    fits, writes, more = weigh(c, params, ts, acc_of, card_gb)
+    problems += more + untracked(params)
     try:
         with catch_warnings():
             simplefilter("ignore", FutureWarning)                   # transformers' own renaming of an argument
