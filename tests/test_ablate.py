@@ -122,6 +122,19 @@ def test_report(tmp_path):
     assert any("eagle" in t["term"] and t["effect"] == pytest.approx(1.31) and t["lo"] < 1.31 < t["hi"] for t in table)
     assert (tmp_path/"effects.csv").read_text().startswith("response,term,effect") and any("not significant" in s for s in said)
 
+def test_a_share_that_the_corpus_cannot_reach_is_left_out(tmp_path, monkeypatch):
+    "The pool ends at 17 % English: 20 and 40 % would be one cell twice, and nothing is trained for them."
+    whole, said = [], []
+    def cell(root, code, params, cell, pool, targets, say):
+        run = root/next(iter(params.values()))["run_dir"]
+        (run/"05_data").mkdir(parents=True, exist_ok=True); write_json(run/"05_data"/"metrics.json", dict(english_chars_pct=min(17., params["05_data"]["english_pct"])))
+        if targets != ["05_data"]: whole.append(run.name)
+        return run
+    monkeypatch.setattr(A, "run_cell", cell); monkeypatch.setattr(A, "measured", lambda *a: {}); monkeypatch.setattr(A, "more_steps", lambda run: 1.); monkeypatch.setattr(P, "export_all", lambda root: None)
+    rows = A.ablate(ROOT, "smoke", [0], str(tmp_path), sweep="english", say=said.append)
+    assert [r["english_pct"] for r in rows] == [0, 5, 10] and whole == ["english0", "english5", "english10"]
+    assert len(said) == 2 and "english40 is left out: 05_data reached 17.0 % English where 40 % was asked for" in said[1]
+
 def test_sweep_report(tmp_path):
     sweep = [dict(english_pct=e, seed=s, think_accuracy=e/100 + s/10) for e in A.ENGLISH for s in range(3)]
     table = A.report(sweep, tmp_path, "english", say=lambda s: None)

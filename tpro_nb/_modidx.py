@@ -14,6 +14,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'tpro_nb.ablate.more_steps': ('ablate.html#more_steps', 'tpro_nb/ablate.py'),
                                 'tpro_nb.ablate.name_of': ('ablate.html#name_of', 'tpro_nb/ablate.py'),
                                 'tpro_nb.ablate.needed': ('ablate.html#needed', 'tpro_nb/ablate.py'),
+                                'tpro_nb.ablate.out_of_reach': ('ablate.html#out_of_reach', 'tpro_nb/ablate.py'),
                                 'tpro_nb.ablate.profile_name': ('ablate.html#profile_name', 'tpro_nb/ablate.py'),
                                 'tpro_nb.ablate.random_head': ('ablate.html#random_head', 'tpro_nb/ablate.py'),
                                 'tpro_nb.ablate.report': ('ablate.html#report', 'tpro_nb/ablate.py'),

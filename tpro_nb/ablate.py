@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['FACTORS', 'STILL', 'OFF', 'ANSWERS', 'SPEED', 'TERMS', 'EARLY', 'ENGLISH', 'RESPONSES', 'SURPRISE', 'cells',
            'name_of', 'cell_params', 'more_steps', 'needed', 'keys_of', 'adopt', 'random_head', 'run_cell', 'shared',
-           'effects', 'answer_bits', 'surprise', 'measured', 'mean_ci', 'ablate', 'report', 'main', 'profile_name']
+           'effects', 'answer_bits', 'surprise', 'measured', 'mean_ci', 'out_of_reach', 'ablate', 'report', 'main',
+           'profile_name']
 
 # %% ../nbs/92_ablate.ipynb #ab920003
 import argparse, csv, io, itertools, shutil
@@ -178,6 +179,12 @@ def mean_ci(values: list[float]) -> tuple[float, float | None, float | None]:
     ci = ttest_1samp(values, 0).confidence_interval()
     return mean, float(ci.low), float(ci.high)
 
+# %% ../nbs/92_ablate.ipynb #ab92e001
+def out_of_reach(run: Path, asked: float, slack: float = 1.) -> str:
+    "Why a cell of the sweep is left out: chapter 05 did not reach the share asked for (both in per cent of characters), or nothing."
+    got = read_json(run/"05_data"/"metrics.json")["english_chars_pct"]
+    return "" if abs(got - asked) <= slack else f"{run.name} is left out: 05_data reached {got:.1f} % English where {asked:g} % was asked for; its pool holds no more. Give it more English text, or fewer rows in all."
+
 # %% ../nbs/92_ablate.ipynb #ab920020
 def ablate(root: Path, profile: str, seeds: list[int], out: str, speed: bool = False, sweep: str = "", changes: dict | None = None, dry: bool = False, say=print) -> list[dict]:
     "Run the factorial, or the English sweep, over a profile's chain; one row a cell and seed, written to <out>/cells.json as they come."
@@ -197,6 +204,7 @@ def ablate(root: Path, profile: str, seeds: list[int], out: str, speed: bool = F
             params = cell_params(root, base, cell, seed, run_dir, ratio.get(seed, 1.), merged)
             if dry: plans.append((params, cell)); continue
             pool = [p for p in sorted((root/out/f"seed{seed}").glob("*")) if p.is_dir()]
+            if more and (why := out_of_reach(run_cell(root, code, params, cell, pool, ["05_data"], say), more["english_pct"])): say(why); continue
             run = run_cell(root, code, params, cell, pool, targets, say)
             if seed not in ratio: ratio[seed] = more_steps(run)          # the first cell has the dense vocabulary
             rows.append(cell | more | dict(seed=seed, cell=label) | measured(run, speed))
