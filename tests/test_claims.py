@@ -221,3 +221,12 @@ def test_two_runs_side_by_side(tmp_path):
     assert "1.20 [1.10, 1.30]" in page and "1.60 [1.50, 1.70]" in page and "1 figures are apart" in page and "one run only" in page and "http" not in page.split("</style>")[1]
     assert apart((1, .9, 1.1), (1.05, 1.0, 1.2)) == "overlap"
     with pytest.raises(core.UserError, match="no finished stage"): compare(tmp_path/"one", tmp_path)
+
+def test_what_the_tables_leave_open_has_a_cost():
+    for r in C.claim_table():
+        if r["recompute"] and C.recompute(r["recompute"])[1] is None: assert r["cost"], r["id"]
+
+def test_a_larger_model_costs_more():
+    rows = C.plan_sizes()
+    assert [r["size"] for r in rows] == ["0.6B", "1.7B", "4B", "8B", "14B", "32B"]
+    for k in ("gpu_h", "usd", "disk_gb"): assert all(a[k] < b[k] for a, b in zip(rows, rows[1:])), k

@@ -759,12 +759,14 @@ def apart(a: tuple, b: tuple) -> str:
     return "apart" if a[1] > b[2] or b[1] > a[2] else "overlap"
 
 def unlike(x: dict, y: dict) -> str:
-    "What the stamps of one stage in two runs say was different: its code, and each parameter with both values."
-    x, y = (s.get("code_key") or {} for s in (x, y))
+    "What the stamps of one stage in two runs say was different: its code, and each parameter and the machine with both values."
+    s, t, x, y = x, y, *(s.get("code_key") or {} for s in (x, y))
     if not (x and y): return ""
     said = ["the code"] if any(x.get(k) != y.get(k) for k in ("code", "modules")) else []
     p, q = x.get("params", {}), y.get("params", {})
     said += [f"{k} {p.get(k, '–')} against {q.get(k, '–')}" for k in sorted(p.keys() | q.keys()) if p.get(k) != q.get(k)]
+    here, there = (v.get("environment") or {} for v in (s, t))
+    said += [f"{k} {here.get(k, '–')} against {there.get(k, '–')}" for k in ("cpu", "cores", "gpu", "python") if here.get(k) != there.get(k)]
     return f"Not the same in both: {'; '.join(said)}." if said else ""
 
 def compare(a: Path, b: Path,        # two run folders
