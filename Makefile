@@ -19,7 +19,7 @@ $(VENV)/.done: settings.ini setup.py pyproject.toml constraints-cpu.txt
 # nbdev-test runs every chapter on toys; pytest does the rest, the whole smoke profile through the real runner among it.
 test: env
 	TPRO_NB_RUN=none OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing
-	TPRO_NB_RUN=none $(BIN)/python -m pytest tests --durations=15
+	TPRO_NB_RUN=none $(BIN)/python -m pytest tests --durations=15 -rs
 
 # lm-eval and statsmodels (multiple choice by likelihood, effects of an ablation): 30 more packages, so they are asked for by name.
 test-eval: env

@@ -228,6 +228,20 @@ def test_command_line(tmp_path, capsys):
     assert "avg@1 1.000" in (out := capsys.readouterr().out) and "paper 0.94" in out and read_json(tmp_path/"run"/"score.json")["k"] == 1
     with pytest.raises(UserError, match="not registered"): B.main(["ruX", "f", "o"])
 
+def test_command_line_pairs_two_runs_and_takes_a_folder(tmp_path, capsys, monkeypatch):
+    rows = file(tmp_path, ROWS)
+    with Fake(good) as f, Fake(lambda body, n: (200, "\\boxed{2}", "stop")) as g:
+        assert B.main(["ruMATH-500", rows, str(tmp_path/"a"), "--rows", "6", "--endpoint", g.name, "--workers", "1"]) == 0
+        assert B.main(["ruMATH-500", rows, str(tmp_path/"b"), "--rows", "6", "--endpoint", f.name, "--workers", "1", "--against", str(tmp_path/"a")]) == 0
+    assert "+83.3 points" in capsys.readouterr().out and read_json(tmp_path/"b"/"against.json")["other"] == str(tmp_path/"a")
+    seen = {}
+    monkeypatch.setattr(B, "ask_folder", lambda b, problems, out, path, name, **how: seen.update(path=path, name=name)); monkeypatch.setattr(B, "finish", lambda *a: None)
+    assert B.main(["ruMATH-500", rows, str(tmp_path/"c"), "--rows", "6", "--path", "models/nano"]) == 0 and seen == dict(path="models/nano", name="nano")
+    with pytest.raises(UserError, match="--endpoint"): B.main(["ruMATH-500", rows, str(tmp_path/"d"), "--rows", "6"])
+    monkeypatch.setattr(B, "lm_eval", lambda tasks, folder, model: {tasks[0]: dict(acc=(.5, .1, .9))})
+    assert B.main(["ruGPQA", file(tmp_path, CHOICE, "choice.jsonl"), str(tmp_path/"e"), "--rows", str(len(CHOICE)), "--path", "models/nano", "--lm-eval", "choice"]) == 0
+    assert "acc 0.500 [0.100, 0.900]" in capsys.readouterr().out and read_json(tmp_path/"e"/"score.json") == dict(acc=[.5, .1, .9])
+
 def test_arena_needs_both_orders_and_takes_length_out():
     rng = np.random.default_rng(3)
     d = rng.integers(-200, 500, 150).tolist()
