@@ -8,12 +8,27 @@ def world() -> int: return dist.get_world_size() if dist.is_initialized() else 1
 
 def train(nproc: int, jobs: list) -> dict:
     "Trainings by the chapters' own functions, with the world they ran in. A false green, two processes that do not talk, stops here."
-    from tpro_nb import midtraining, sft
+    from importlib import import_module
     out = []
     for module, config in jobs:
-        out.append(dict(midtraining=midtraining, sft=sft)[module].train(**config))
+        out.append(import_module(f"tpro_nb.{module}").train(**config))
         assert world() == nproc, f"{nproc} processes were asked for, {world()} talk to each other"
     return dict(world=world(), backend=dist.get_backend() if nproc > 1 else None, runs=out)
+
+def sharded(nproc: int, jobs: list) -> dict:
+    "`train` under `accelerate launch` with FSDP2. accelerate shards on accelerators only: it is told that the gloo processes are some; the rest is as on GPUs."
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+    from transformers import Trainer
+    build, loop, seen = PartialState.__init__, Trainer._inner_training_loop, []
+    def told(self, *args, **kw): build(self, *args, **kw); self.distributed_type = DistributedType.MULTI_GPU
+    def watched(self, *args, **kw):
+        got, parts = loop(self, *args, **kw), list(self.model.parameters())
+        seen.append(dict(kinds=sorted({type(p).__name__ for p in parts}), version=self.accelerator.state.fsdp_plugin.fsdp_version,
+                         local=sum(p.to_local().numel() for p in parts), all=sum(p.numel() for p in parts)))
+        return got
+    PartialState.__init__, Trainer._inner_training_loop = told, watched
+    return train(nproc, jobs) | dict(seen=seen)
 
 def nano(seed: int = 0):
     "A Qwen3 of two layers in fp32, and 4 rows of 32 tokens."

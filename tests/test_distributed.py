@@ -1,51 +1,62 @@
 "Two processes over gloo equal one; a killed training resumes to the same weights. Every child counts its world: two that do not talk would pass the rest."
 import hashlib, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
-import pytest
+import pytest, yaml
 from safetensors.torch import load_file
 import dist_child
 from tpro_nb.base_model import last_checkpoint
-from tpro_nb.core import cache_dir, launch, toy
+from tpro_nb.core import UserError, cache_dir, launch, toy, write_jsonl
 
 TESTS = Path(__file__).resolve().parent
 SFT = dict(epochs=1., steps=4, batch=1, context=128, packing=True, lr=1e-3, warmup=0, beta2=.95, eps=1e-8, weight_decay=0., clip=1., rank=4, save_every=100)
 MID = dict(steps=4, batch=1, context=96, lr=1e-3, lr_min=1e-4, warmup=1, beta2=.95, eps=1e-8, weight_decay=1e-6, clip=1., rank=0, save_every=100)
-LONG = SFT | dict(steps=40, accumulate=1, save_every=5)         # long enough to be killed in its middle
+RM = dict(steps=4, batch=1, max_length=96, lr=1e-3, warmup=0, weight_decay=0., clip=1., center=.01, rank=4, save_every=100)
+DPO = dict(epochs=1., batch=1, max_length=96, lr=1e-3, warmup=0., beta=.5, beta2=.95, eps=1e-8, weight_decay=0., clip=1., rank=4, dev_share=.2, eval_every=2, patience=0)
+SHORT = dict(sft=SFT, midtraining=MID, reward_model=RM, dpo=DPO)
+LONG = dict(sft=SFT | dict(steps=40, accumulate=1, save_every=5), midtraining=MID | dict(steps=40, accumulate=1, save_every=5),     # long enough to be killed in the middle
+            dpo=DPO | dict(epochs=5., accumulate=1, eval_every=5), reward_model=RM | dict(steps=40, accumulate=1, save_every=5))
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch): monkeypatch.setenv("PYTHONPATH", str(TESTS))
 
 def data(name):
-    model, rows = dict(sft=("06_midtraining/model", "sft_train"), midtraining=("03_base_model/model", "midtrain"))[name]
-    return dict(model_dir=str(toy(model)), rows_path=str(toy(f"05_data/{rows}.jsonl")))
+    model, rows = dict(sft=("06_midtraining/model", "sft_train"), midtraining=("03_base_model/model", "midtrain")).get(name, ("07_sft/model", ""))
+    return dict(model_dir=str(toy(model))) | (dict(rows_path=str(toy(f"05_data/{rows}.jsonl"))) if rows else {})
 
-def job(tmp, name, config, tag): return name, config | data(name) | dict(out=str(tmp/f"{tag}-model"), work=str(tmp/f"{tag}-work"))
+def pairs(n=10):
+    ids = lambda n: [5 + (7*k) % 200 for k in range(n)]
+    return [dict(id=f"q{i}", mode=("think", "direct")[i % 2], prompt=f"Сколько будет {i} + 3?", chosen=f"Ответ: {i + 3}", rejected="Мороз", chosen_ids=ids(4 + i), rejected_ids=ids(9)[::-1]) for i in range(n)]
+
+def job(tmp, name, config, tag):
+    given = data(name) | dict(out=str(tmp/f"{tag}-model"), work=str(tmp/f"{tag}-work"))
+    if "rows_path" not in given: given["pairs_path"] = str(tmp/f"{tag}-pairs.jsonl"); write_jsonl(given["pairs_path"], pairs())
+    return name, config | given
 
 def weights(folder): return load_file(Path(folder)/"model.safetensors")
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    "The same trainings in one process, which accumulates two packs a step; and the long one, uninterrupted."
+    "The same trainings in one process, which accumulates two packs (or pairs) a step; and the long ones, uninterrupted."
     tmp = tmp_path_factory.mktemp("alone")
-    jobs = [job(tmp, "sft", SFT | dict(accumulate=2), "sft"), job(tmp, "midtraining", MID | dict(accumulate=2), "midtraining"), job(tmp, "sft", LONG, "long")]
+    jobs = [job(tmp, name, config | dict(accumulate=2), name) for name, config in SHORT.items()] + [job(tmp, name, config, f"long-{name}") for name, config in LONG.items()]
     with pytest.MonkeyPatch.context() as m:
         m.setenv("PYTHONPATH", str(TESTS))
         return tmp, launch("dist_child:train", dict(nproc=1, jobs=jobs), tmp/"job", threads=1)
 
 def test_two_processes_train_what_one_does(tmp_path, alone):
-    "Two ranks of one pack each: the losses, gradient norms and weights of one rank that accumulates two."
+    "Two ranks of one pack or pair each: the losses, gradient norms and weights of one rank that accumulates two."
     tmp, one = alone
-    jobs = [job(tmp_path, name, base | dict(accumulate=1), name) for name, base in (("sft", SFT), ("midtraining", MID))]
+    jobs = [job(tmp_path, name, config | dict(accumulate=1), name) for name, config in SHORT.items()]
     two = launch("dist_child:train", dict(nproc=2, jobs=jobs), tmp_path/"job", nproc=2)
     assert (one["world"], two["world"], two["backend"]) == (1, 2, "gloo")
-    for i, name in enumerate(("sft", "midtraining")):
+    for i, name in enumerate(SHORT):
         a, b = one["runs"][i]["log"], two["runs"][i]["log"]
         assert len(a) == len(b) == 4
         for key in ("loss", "grad_norm", "learning_rate"):       # AdamW forgives a wrong scale of the gradient, its norm does not
             assert [r[key] for r in b] == pytest.approx([r[key] for r in a], rel=2e-3), f"{name}: {key}"
         begin, a, b = weights(data(name)["model_dir"]), weights(tmp/f"{name}-model"), weights(tmp_path/f"{name}-model")
-        moved, apart = (max((a[k].float() - x[k].float()).abs().max().item() for k in a) for x in (begin, b))
-        assert moved > 1e-3 and apart < .1*moved, f"{name}: weights moved {moved:.2g} and ended {apart:.2g} apart"
+        moved, apart = (max((a[k].float() - x[k].float()).abs().max().item() for k in a if k in x) for x in (begin, b))
+        assert a.keys() == b.keys() >= begin.keys() and moved > 1e-3 and apart < .1*moved, f"{name}: weights moved {moved:.2g} and ended {apart:.2g} apart"
 
 def test_fully_shard_equals_one_process(tmp_path):
     one = dist_child.fsdp(1, str(tmp_path/"one.safetensors"))
@@ -54,6 +65,25 @@ def test_fully_shard_equals_one_process(tmp_path):
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-5) and one["losses"][-1] < one["losses"][0] - .01
     a, b = (load_file(tmp_path/f"{n}.safetensors") for n in ("one", "two"))
     assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a) < 1e-5
+
+def test_accelerate_file_shards_the_trainings(tmp_path, alone):
+    "h100x32's accelerate file with two processes for 32: full SFT and DPO under FSDP2 give the weights of one process, the best checkpoint of DPO loaded from its shards."
+    file = yaml.safe_load((TESTS.parent/"params"/"h100x32"/"accelerate.yaml").read_text())
+    file |= dict(num_machines=1, num_processes=2, mixed_precision="no", use_cpu=True, main_process_port=0)
+    file["parallelism_config"]["parallelism_config_dp_shard_size"] = 2
+    (tmp_path/"accelerate.yaml").write_text(yaml.safe_dump(file))
+    full = {name: SHORT[name] | dict(rank=0) for name in ("sft", "dpo")}
+    one = launch("dist_child:train", dict(nproc=1, jobs=[job(tmp_path, name, c | dict(accumulate=2), f"one-{name}") for name, c in full.items()]), tmp_path/"one", threads=1)
+    jobs = [job(tmp_path, name, c | dict(accumulate=1), f"two-{name}") for name, c in full.items()]
+    two = launch("dist_child:sharded", dict(nproc=2, jobs=jobs), tmp_path/"two", nproc=2, accelerate=str(tmp_path/"accelerate.yaml"))
+    assert two["world"] == 2 and two["backend"] == "gloo"
+    for i, name in enumerate(full):
+        seen = two["seen"][i]
+        assert seen["kinds"] == ["DTensor"] and seen["version"] == 2 and seen["local"] == pytest.approx(seen["all"]/2, rel=.02)     # each process holds half
+        for key in ("loss", "grad_norm"): assert [r[key] for r in two["runs"][i]["log"]] == pytest.approx([r[key] for r in one["runs"][i]["log"]], rel=dict(sft=5e-3, dpo=.02)[name]), f"{name}: {key}"     # bf16 rounds otherwise where the layers are sharded
+        begin, a, b = weights(data(name)["model_dir"]), weights(tmp_path/f"one-{name}-model"), weights(tmp_path/f"two-{name}-model")
+        moved, apart = (sum((a[k].float() - x[k].float()).square().sum().item() for k in a)**.5 for x in (begin, b))      # saved in bf16: the largest difference would be one rounding
+        assert a.keys() == b.keys() and moved > .1 and apart < .1*moved, f"{name}: weights moved {moved:.2g} and ended {apart:.2g} apart"
 
 def deepspeed() -> Path:
     "A folder with DeepSpeed and what its attention imports, without its kernels; put into the cache once, outside the environment."
@@ -77,9 +107,10 @@ def test_ulysses_attention_equals_one_process(tmp_path, monkeypatch):
     a, b = (load_file(tmp_path/f"{n}.safetensors") for n in ("one", "two"))
     assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6 < 1e-2 < max(x.abs().max().item() for x in a.values())
 
-def test_killed_training_resumes_to_the_same_weights(tmp_path, alone):
-    "SIGKILL to the whole process group while sft:train runs, then the same call again."
-    target, config = "tpro_nb.sft:train", job(tmp_path, "sft", LONG, "long")[1]
+@pytest.mark.parametrize("name", LONG)
+def test_killed_training_resumes_to_the_same_weights(tmp_path, alone, name):
+    "SIGKILL to the whole process group while the chapter's `train` runs, then the same call again."
+    target, config = f"tpro_nb.{name}:train", job(tmp_path, name, LONG[name], "long")[1]
     code = f"from tpro_nb.core import launch; launch({target!r}, {config!r}, {str(tmp_path/'job')!r}, threads=1)"
     p = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     work, end = Path(config["work"]), time.time() + 60
@@ -88,9 +119,9 @@ def test_killed_training_resumes_to_the_same_weights(tmp_path, alone):
         time.sleep(.02)
     os.killpg(p.pid, signal.SIGKILL); p.wait()
     at = int(last_checkpoint(next(work.glob("fit-*"))).rsplit("-", 1)[1])
-    assert at < LONG["steps"] and not Path(config["out"]).exists() and not (tmp_path/"job"/"result.json").exists()
+    assert at < 40 and not Path(config["out"]).exists() and not (tmp_path/"job"/"result.json").exists()
     again = launch(target, config, tmp_path/"job", threads=1)
     tmp, whole = alone
-    assert again["resumed"] and again["steps"] == LONG["steps"]
-    assert [r["loss"] for r in again["log"]] == [r["loss"] for r in whole["runs"][2]["log"]]
-    assert (tmp_path/"long-model"/"model.safetensors").read_bytes() == (tmp/"long-model"/"model.safetensors").read_bytes()
+    assert again["resumed"] and again["log"][-1]["step"] == 40
+    assert [r["loss"] for r in again["log"]] == [r["loss"] for r in whole["runs"][len(SHORT) + list(LONG).index(name)]["log"]]
+    assert (tmp_path/"long-model"/"model.safetensors").read_bytes() == (tmp/f"long-{name}-model"/"model.safetensors").read_bytes()

@@ -3,9 +3,10 @@ import json, os
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 from tpro_nb.core import UserError, launch, read_json, toy, write_json
 from tpro_nb.eagle_draft import (BatchTarget, DraftKV, Eagle3Draft, EagleDraft, aux_layers, chain_prompts, check_draft, collate, coverage, draft_config, draft_loss, draft_shapes,
-    estimate, general_prompts, generate_batch, heldout, hot_tokens, load_data, make_data, new_draft, random_draft, render, rollout_mask, save_shard, stop_ids, target_matrices, target_model, train)
+    estimate, general_prompts, generate_batch, heldout, hot_tokens, load_data, make_data, new_draft, plan_answers, random_draft, render, rollout_mask, save_shard, stop_ids, target_matrices, target_model, train)
 
 TARGET = str(toy("09_dpo/model"))
 
@@ -99,6 +100,13 @@ def test_sampling_follows_softmax():
     drawn = torch.tensor([r["ids"][-1] for r in generate_batch(m, [[1, 2]]*4000, [.7]*4000, {-1}, 1, 3)])
     assert (torch.bincount(drawn, minlength=5)/4000 - p).abs().max() < .03
 
+def test_plan_takes_every_prompt_once_before_any_twice_and_pads_little():
+    size = [9, 2, 5, 7, 1]
+    plan = plan_answers(size, [0.0, 0.8], 7, 2)
+    jobs = [j for shard in plan for j in shard]
+    assert sorted(jobs) == [(0, 0.0), (0, 0.8), (1, 0.0), (1, 0.8), (2, 0.0), (3, 0.8), (4, 0.0)] and [len(s) for s in plan] == [2, 2, 2, 1]
+    assert [size[i] for i, _ in jobs] == sorted(size[i] for i, _ in jobs)
+
 def test_data_resumes_and_respects_budget(data):
     job, report, work = data
     shards = sorted(work.glob("shard_*"))
@@ -128,7 +136,9 @@ def test_perfect_features_give_zero_feature_loss(data):
 
 def test_heldout_counts_a_draft_that_knows(data):
     "Rolling out a draft that returns the true features hits at every depth on greedy text."
-    rows = [r for r in load_data(data[2]) if r["row"] % 2 == 0]          # temperature 0
+    size = [len(render(AutoTokenizer.from_pretrained(TARGET), r["prompt"], r["mode"])) for r in data[0]["rows"]]
+    temps = [t for shard in plan_answers(size, [0.0, 0.8], 40, 4) for _, t in shard]
+    rows = [r for r, t in zip(load_data(data[2]), temps, strict=True) if t == 0]
     emb, head = target_matrices(TARGET)
     class Oracle(Stub):
         def __init__(self): pass
@@ -149,7 +159,6 @@ def test_rollout_mask():
 
 def test_hot_tokens_keep_bytes_and_specials():
     from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import AutoTokenizer
     from collections import Counter
     tok = AutoTokenizer.from_pretrained(TARGET)
     hot = hot_tokens(tok, Counter({300: 50, 301: 40}), ["ru"], 300, {tok.eos_token_id})

@@ -385,6 +385,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'tpro_nb.dpo.dpo_loss': ('dpo.html#dpo_loss', 'tpro_nb/dpo.py'),
                              'tpro_nb.dpo.dpo_trainer': ('dpo.html#dpo_trainer', 'tpro_nb/dpo.py'),
                              'tpro_nb.dpo.draw': ('dpo.html#draw', 'tpro_nb/dpo.py'),
+                             'tpro_nb.dpo.folder_first': ('dpo.html#folder_first', 'tpro_nb/dpo.py'),
                              'tpro_nb.dpo.paired_gain': ('dpo.html#paired_gain', 'tpro_nb/dpo.py'),
                              'tpro_nb.dpo.train': ('dpo.html#train', 'tpro_nb/dpo.py')},
             'tpro_nb.eagle_decoding': { 'tpro_nb.eagle_decoding.CEngine': ('eagle_decoding.html#cengine', 'tpro_nb/eagle_decoding.py'),
