@@ -77,7 +77,7 @@ def test_verdicts_of_a_run():
 
 def test_a_smaller_swap_is_no_full_reproduction():
     rows = by_id(C.ledger({"02_tokenizer_surgery": FULL | dict(tokens_added=9000)}, decides=True))
-    assert rows["tok-ru-here"]["verdict"] == rows["tok-34k"]["verdict"] == "direction holds at small scale"
+    assert rows["tok-ru-here"]["verdict"] == rows["tok-34k"]["verdict"] == "not run here" and "9,000 tokens were swapped" in rows["tok-34k"]["why"]
 
 @pytest.mark.parametrize("scale", [1, 1000])
 def test_nothing_but_the_tokenizer_is_reproduced_however_good_the_numbers(scale):
@@ -207,7 +207,7 @@ def test_a_smaller_swap_is_undecided_not_a_contradiction():
     assert rows["tok-34k"]["verdict"] == "not run here" and rows["tok-152064"]["verdict"] == "contradicted"
 
 def test_two_runs_side_by_side(tmp_path):
-    from tpro_nb.claims import apart, compare
+    from tpro_nb.claims import beside, compare
     for name, gain, hi in (("one", 1.2, 1.3), ("two", 1.6, 1.7)):
         d = tmp_path/name/"14_eagle_speedup"; d.mkdir(parents=True)
         core.write_json(d/"metrics.json", dict(speedup=gain, speedup_lo=gain - .1, speedup_hi=hi, prompts=28, **({"draft_ms": .9} if name == "one" else {})))
@@ -219,7 +219,7 @@ def test_two_runs_side_by_side(tmp_path):
     assert files() == before
     assert "Not the same in both: tree one against two." in page and "Only one has this stage." in page and "acc_think_pct" in page
     assert "1.20 [1.10, 1.30]" in page and "1.60 [1.50, 1.70]" in page and "1 figures are apart" in page and "one run only" in page and "http" not in page.split("</style>")[1]
-    assert apart((1, .9, 1.1), (1.05, 1.0, 1.2)) == "overlap"
+    assert beside((1, .9, 1.1), (1.05, 1.0, 1.2)) == "overlap"
     with pytest.raises(core.UserError, match="no finished stage"): compare(tmp_path/"one", tmp_path)
 
 def test_what_the_tables_leave_open_has_a_cost():
