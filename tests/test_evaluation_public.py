@@ -238,6 +238,7 @@ def test_command_line_pairs_two_runs_and_takes_a_folder(tmp_path, capsys, monkey
     monkeypatch.setattr(B, "ask_folder", lambda b, problems, out, path, name, **how: seen.update(path=path, name=name)); monkeypatch.setattr(B, "finish", lambda *a: None)
     assert B.main(["ruMATH-500", rows, str(tmp_path/"c"), "--rows", "6", "--path", "models/nano"]) == 0 and seen == dict(path="models/nano", name="nano")
     with pytest.raises(UserError, match="--endpoint"): B.main(["ruMATH-500", rows, str(tmp_path/"d"), "--rows", "6"])
+    with pytest.raises(UserError, match="--path"): B.main(["ruMATH-500", rows, str(tmp_path/"d"), "--rows", "6", "--endpoint", "http://127.0.0.1:9/v1 m", "--lm-eval", "choice"])
     monkeypatch.setattr(B, "lm_eval", lambda tasks, folder, model: {tasks[0]: dict(acc=(.5, .1, .9))})
     assert B.main(["ruGPQA", file(tmp_path, CHOICE, "choice.jsonl"), str(tmp_path/"e"), "--rows", str(len(CHOICE)), "--path", "models/nano", "--lm-eval", "choice"]) == 0
     assert "acc 0.500 [0.100, 0.900]" in capsys.readouterr().out and read_json(tmp_path/"e"/"score.json") == dict(acc=[.5, .1, .9])

@@ -183,7 +183,7 @@ def mean_ci(values: list[float]) -> tuple[float, float | None, float | None]:
 def out_of_reach(run: Path, asked: float, slack: float = 1.) -> str:
     "Why a cell of the sweep is left out: chapter 05 did not reach the share asked for (both in per cent of characters), or nothing."
     got = read_json(run/"05_data"/"metrics.json")["english_chars_pct"]
-    return "" if abs(got - asked) <= slack else f"{run.name} is left out: 05_data reached {got:.1f} % English where {asked:g} % was asked for; its pool holds no more. Give it more English text, or fewer rows in all."
+    return "" if abs(got - asked) <= slack else f"{run.name} is left out: 05_data reached {got:.1f} % English where {asked:g} % was asked for. " + ("Its pool holds no more: give it more English text, or ask for fewer rows in all." if got < asked else "So few rows come no nearer: ask for more.")
 
 # %% ../nbs/92_ablate.ipynb #ab920020
 def ablate(root: Path, profile: str, seeds: list[int], out: str, speed: bool = False, sweep: str = "", changes: dict | None = None, dry: bool = False, say=print) -> list[dict]:

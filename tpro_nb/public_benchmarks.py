@@ -381,10 +381,11 @@ def main(argv: list[str] | None = None) -> int:
     for name, known in ((a.benchmark, sets), (a.model, models)):
         if name and name not in known: raise UserError(f"{name!r} is not registered; known: {', '.join(known)}")
     if not (a.endpoint or a.path): raise UserError("give --endpoint 'URL model', or --path with a model's folder")
+    if a.lm_eval == "choice" and not a.path: raise UserError("--lm-eval choice compares likelihoods, which a chat endpoint does not give: name the model's folder with --path, or take --lm-eval generate")
     b, m, out = sets[a.benchmark], models.get(a.model), Path(a.out)
     problems = load_benchmark(b, a.file, rows=a.rows)
     if a.lm_eval:
-        task = lm_eval_task(b, problems, out, a.lm_eval, max_tokens=min(a.max_tokens, 4096)); got = lm_eval([task], out, a.endpoint or a.path)[task]
+        task = lm_eval_task(b, problems, out, a.lm_eval, max_tokens=min(a.max_tokens, 4096)); got = lm_eval([task], out, a.path if a.lm_eval == "choice" else a.endpoint or a.path)[task]
         write_json(out/"score.json", {k: list(v) for k, v in got.items()}); print(f"{b.id} by lm-eval: " + ", ".join(f"{k} {v[0]:.3f} [{v[1]:.3f}, {v[2]:.3f}]" for k, v in got.items())); return 0
     how = dict(mode=a.mode, k=a.k, temperature=a.temperature, max_tokens=a.max_tokens, seed=a.seed)
     print(ask_endpoint(b, problems, out, a.endpoint, m, workers=a.workers, **how) if a.endpoint else ask_folder(b, problems, out, a.path, a.model or Path(a.path).name, **how))
