@@ -293,7 +293,7 @@ def general_prompts(seed: int = 0,
     return out
 
 # %% ../nbs/11_eagle_draft.ipynb #3774a5ff
-def chain_prompts(path, n_eval: int = 12, n_dev: int = 6) -> dict[str, list[dict]]:
+def chain_prompts(path, n_eval: int = 12, n_dev: int = 24) -> dict[str, list[dict]]:
     "Rows of 05_data/prompts.jsonl meant for drafting, in both modes, split by prompt."
     import hashlib
     rows = [r for r in read_jsonl(path) if r.get("split") == "eagle"]
