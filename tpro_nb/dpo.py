@@ -69,7 +69,7 @@ def dataset(tok, pairs: list[dict], max_length: int):
     return Dataset.from_list(fits)
 
 def dpo_trainer():
-    "TRL's DPOTrainer for data that is token ids already; under FSDP2 logits are fp32 and so are the gradients' sums."
+    "TRL's DPOTrainer for data that is token ids already; under FSDP2 what the model returns is fp32, and so are the gradients' sums."
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from trl import DPOTrainer
     class IdsDPOTrainer(DPOTrainer):
