@@ -46,6 +46,10 @@ def start(nproc: int) -> tuple[int, int]:
     assert world() == nproc == int(seen), f"{nproc} processes were asked for, {int(seen)} answered"
     return dist.get_rank(), dist.get_world_size()
 
+def end(n: int):
+    "Leave together: gloo's threads, cut off by a process that is gone, abort the other (seen once on a busy machine)."
+    if n > 1: dist.barrier(); dist.destroy_process_group()
+
 def fsdp(nproc: int, out: str, steps: int = 4) -> dict:
     "The nano model for a few steps of AdamW, sharded over `nproc` processes by fully_shard; its whole weights go to `out`."
     from safetensors.torch import save_file
@@ -71,6 +75,7 @@ def fsdp(nproc: int, out: str, steps: int = 4) -> dict:
     got = whole(trainer, lambda: nano()[0])                # as the trainings gather it; every rank calls
     assert (got is None) == (rank > 0)
     if rank == 0: save_file({k: p.detach().contiguous() for k, p in got.named_parameters()}, out)
+    end(n)
     return dict(world=n, losses=losses, local=local)
 
 def ulysses(nproc: int, out: str) -> dict:
@@ -95,4 +100,5 @@ def ulysses(nproc: int, out: str) -> dict:
     total = loss.detach().clone()
     for x in [total, *(p.grad for p in model.parameters())] if n > 1 else []: dist.all_reduce(x)
     if rank == 0: save_file({k: p.grad.contiguous() for k, p in model.named_parameters()}, out)
+    end(n)
     return dict(world=n, loss=float(total))
