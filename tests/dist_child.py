@@ -19,15 +19,22 @@ def sharded(nproc: int, jobs: list) -> dict:
     "`train` under `accelerate launch` with FSDP2. accelerate shards on accelerators only: it is told that the gloo processes are some; the rest is as on GPUs."
     from accelerate import PartialState
     from accelerate.utils import DistributedType
+    from torch.distributed.fsdp import FSDPModule
     from transformers import Trainer
-    build, loop, seen = PartialState.__init__, Trainer._inner_training_loop, []
+    build, loop, step, seen, whole = PartialState.__init__, Trainer._inner_training_loop, Trainer.training_step, [], []
     def told(self, *args, **kw): build(self, *args, **kw); self.distributed_type = DistributedType.MULTI_GPU
     def watched(self, *args, **kw):
         got, parts = loop(self, *args, **kw), list(self.model.parameters())
-        seen.append(dict(kinds=sorted({type(p).__name__ for p in parts}), version=self.accelerator.state.fsdp_plugin.fsdp_version,
-                         local=sum(p.to_local().numel() for p in parts), all=sum(p.numel() for p in parts)))
+        blocks = lambda m: sum(isinstance(x, FSDPModule) for x in m.modules())
+        seen.append(dict(kinds=sorted({type(p).__name__ for p in parts}), version=self.accelerator.state.fsdp_plugin.fsdp_version, unsharded_steps=sum(whole), blocks=blocks(self.model),
+                         reference_blocks=blocks(self.ref_model) if getattr(self, "ref_model", None) is not None else None, local=sum(p.to_local().numel() for p in parts), all=sum(p.numel() for p in parts)))
+        whole.clear()
         return got
-    PartialState.__init__, Trainer._inner_training_loop = told, watched
+    def stepped(self, model, *args, **kw):
+        got = step(self, model, *args, **kw)
+        whole.append(any(p.grad is None for p in model.parameters()))      # FSDP2 has a gradient in p.grad only once it is summed and sharded
+        return got
+    PartialState.__init__, Trainer._inner_training_loop, Trainer.training_step = told, watched, stepped
     return train(nproc, jobs) | dict(seen=seen)
 
 def nano(seed: int = 0):
@@ -45,10 +52,6 @@ def start(nproc: int) -> tuple[int, int]:
     seen = torch.ones(1); dist.all_reduce(seen)
     assert world() == nproc == int(seen), f"{nproc} processes were asked for, {int(seen)} answered"
     return dist.get_rank(), dist.get_world_size()
-
-def end(n: int):
-    "Leave together: gloo's threads, cut off by a process that is gone, abort the other (seen once on a busy machine)."
-    if n > 1: dist.barrier(); dist.destroy_process_group()
 
 def fsdp(nproc: int, out: str, steps: int = 4) -> dict:
     "The nano model for a few steps of AdamW, sharded over `nproc` processes by fully_shard; its whole weights go to `out`."
@@ -75,7 +78,6 @@ def fsdp(nproc: int, out: str, steps: int = 4) -> dict:
     got = whole(trainer, lambda: nano()[0])                # as the trainings gather it; every rank calls
     assert (got is None) == (rank > 0)
     if rank == 0: save_file({k: p.detach().contiguous() for k, p in got.named_parameters()}, out)
-    end(n)
     return dict(world=n, losses=losses, local=local)
 
 def ulysses(nproc: int, out: str) -> dict:
@@ -100,5 +102,4 @@ def ulysses(nproc: int, out: str) -> dict:
     total = loss.detach().clone()
     for x in [total, *(p.grad for p in model.parameters())] if n > 1 else []: dist.all_reduce(x)
     if rank == 0: save_file({k: p.grad.contiguous() for k, p in model.named_parameters()}, out)
-    end(n)
     return dict(world=n, loss=float(total))

@@ -1,7 +1,7 @@
 "Chapters 03 and 06: rows move as they should, new rows train, recipes equal the paper's tables."
 from pathlib import Path
 import pytest, torch, yaml
-from tpro_nb.base_model import (INITS, bits_per_byte, check_sizes, fit, last_checkpoint, load_model, merge_and_save, new_rows, row_plan, run_steps, save_folder, set_attention, spelt,
+from tpro_nb.base_model import (INITS, bits_per_byte, check_sizes, fit, get_base, last_checkpoint, load_model, merge_and_save, new_rows, row_plan, run_steps, save_folder, set_attention, spelt,
                                 text_bits, trainable, transplant, vocab_matrices, windows)
 from tpro_nb.core import TOY_TEXT, UserError, toy, toy_model, toy_tokenizer
 from tpro_nb.midtraining import check_think, dataset, turn_ids
@@ -43,6 +43,11 @@ def test_sizes_that_disagree_are_a_user_error(tmp_path, pair):
     with pytest.raises(UserError, match="not a pair"): transplant(small, *pair)
     with pytest.raises(UserError, match="no initialiser"): transplant(toy_model(tmp_path/"n"), *pair, init="magic")
     with pytest.raises(UserError, match="smollm2 / nano"): load_model(tmp_path/"absent")
+
+def test_a_base_of_another_vocabulary_is_refused_though_it_would_fit(tmp_path):
+    toy_model(tmp_path/"base", vocab_size=640); toy_tokenizer(tmp_path/"same"); toy_tokenizer(tmp_path/"other", vocab_size=400)
+    assert get_base(str(tmp_path/"base"), str(tmp_path/"same"), str(tmp_path/"out"))["parameters"] > 0
+    with pytest.raises(UserError, match="have another id in the vocabulary of 02"): get_base(str(tmp_path/"base"), str(tmp_path/"other"), str(tmp_path/"out"))
 
 def test_bits_do_not_depend_on_the_batch():
     model, tok = load_model(toy("03_base_model/model"), torch.float32)
@@ -134,6 +139,13 @@ def test_weights_that_are_no_numbers_are_never_saved(tmp_path):
     def train(resume_from_checkpoint): next(q for q in p.parameters() if q.requires_grad).data[0, 0] = float("inf")
     trainer = SimpleNamespace(model=p, train=train, add_callback=lambda c: None, state=SimpleNamespace(log_history=[dict(loss=1.)]))
     with pytest.raises(UserError, match="not finite.*Lower lr"): fit(trainer, tmp_path)
+
+def test_a_loss_that_is_no_number_stops_the_training(tmp_path):
+    from tpro_nb.midtraining import train
+    with pytest.raises(UserError, match="loss is (nan|inf) at step . *: lower lr|not finite.*Lower lr"):
+        train(model_dir=str(toy("06_midtraining/model")), rows_path=str(toy("05_data/midtrain.jsonl")), out=str(tmp_path/"out"), work=str(tmp_path/"w"), steps=6, batch=1, accumulate=1,
+              context=96, lr=1e30, lr_min=1e29, warmup=0, beta2=.95, eps=1e-8, weight_decay=0., clip=1e30, rank=0, save_every=100)
+    assert not (tmp_path/"out").exists()
 
 def test_a_tokenizer_that_splits_the_think_tokens_is_refused():
     from tokenizers import Tokenizer, models, pre_tokenizers

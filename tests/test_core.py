@@ -38,7 +38,9 @@ def test_child_process_users_mistake_and_crash(tmp_path, monkeypatch):
     (tmp_path/"job.py").write_text("from tpro_nb.core import UserError\ndef wrong(x): raise UserError(f'x is {x}: make it 2')\ndef boom(): 1/0\ndef ok(x): return {'y': x + 1}\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert core.launch("job:ok", dict(x=1), tmp_path/"w") == {"y": 2}
-    with pytest.raises(UserError, match="x is 1: make it 2"): core.launch("job:wrong", dict(x=1), tmp_path/"w")
+    for n in (1, 2):      # two: torchrun ends with a status of its own, and an older mistake must not be told again
+        with pytest.raises(UserError, match=f"x is {n}: make it 2"): core.launch("job:wrong", dict(x=n), tmp_path/"w", nproc=n)
+    assert core.launch("job:ok", dict(x=2), tmp_path/"w", nproc=2) == {"y": 3}
     with pytest.raises(RuntimeError, match="job:boom ended with status 1"): core.launch("job:boom", {}, tmp_path/"w")
 
 def test_two_processes_really_are_two(tmp_path, monkeypatch):

@@ -66,24 +66,42 @@ def test_fully_shard_equals_one_process(tmp_path):
     a, b = (load_file(tmp_path/f"{n}.safetensors") for n in ("one", "two"))
     assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a) < 1e-5
 
-def test_accelerate_file_shards_the_trainings(tmp_path, alone):
-    "h100x32's accelerate file with two processes for 32: full SFT and DPO under FSDP2 give the weights of one process, the best checkpoint of DPO loaded from its shards."
+@pytest.fixture
+def accelerate(tmp_path) -> str:
+    "h100x32's accelerate file with two processes for 32."
     file = yaml.safe_load((TESTS.parent/"params"/"h100x32"/"accelerate.yaml").read_text())
     file |= dict(num_machines=1, num_processes=2, mixed_precision="no", use_cpu=True, main_process_port=0)
     file["parallelism_config"]["parallelism_config_dp_shard_size"] = 2
     (tmp_path/"accelerate.yaml").write_text(yaml.safe_dump(file))
-    full = {name: SHORT[name] | dict(rank=0) for name in ("sft", "dpo")}
-    one = launch("dist_child:train", dict(nproc=1, jobs=[job(tmp_path, name, c | dict(accumulate=2), f"one-{name}") for name, c in full.items()]), tmp_path/"one", threads=1)
-    jobs = [job(tmp_path, name, c | dict(accumulate=1), f"two-{name}") for name, c in full.items()]
-    two = launch("dist_child:sharded", dict(nproc=2, jobs=jobs), tmp_path/"two", nproc=2, accelerate=str(tmp_path/"accelerate.yaml"))
+    return str(tmp_path/"accelerate.yaml")
+
+def test_sharded_training_resumes_from_its_shards(tmp_path, accelerate):
+    "The checkpoint of step 2 alone is left of four steps; each process reads its part of weights and optimiser, and ends where it had ended."
+    name, config = job(tmp_path, "sft", SFT | dict(rank=0, accumulate=1, save_every=2), "sft")
+    def run(): return launch("dist_child:sharded", dict(nproc=2, jobs=[(name, config)]), tmp_path/"job", nproc=2, accelerate=accelerate)["runs"][0], (tmp_path/"sft-model"/"model.safetensors").read_bytes()
+    first, weights = run()
+    (work,) = (tmp_path/"sft-work").glob("fit-*")
+    assert (work/"checkpoint-2"/"optimizer_0").is_dir()
+    shutil.rmtree(work/"checkpoint-4")
+    again, same = run()
+    assert (first["resumed"], again["resumed"]) == (False, True) and [r["loss"] for r in again["log"]] == [r["loss"] for r in first["log"]] and same == weights
+
+def test_accelerate_file_shards_the_trainings(tmp_path, accelerate):
+    "Every training under FSDP2 gives the weights of one process, the best checkpoint of DPO loaded from its shards; no card holds whole gradients or a whole reference."
+    full, micro = {name: c | dict(rank=0) for name, c in SHORT.items()}, dict(sft=2)
+    one = launch("dist_child:train", dict(nproc=1, jobs=[job(tmp_path, name, c | dict(accumulate=2*micro.get(name, 1)), f"one-{name}") for name, c in full.items()]), tmp_path/"one", threads=1)
+    jobs = [job(tmp_path, name, c | dict(accumulate=micro.get(name, 1)), f"two-{name}") for name, c in full.items()]
+    two = launch("dist_child:sharded", dict(nproc=2, jobs=jobs), tmp_path/"two", nproc=2, accelerate=accelerate)
     assert two["world"] == 2 and two["backend"] == "gloo"
     for i, name in enumerate(full):
         seen = two["seen"][i]
         assert seen["kinds"] == ["DTensor"] and seen["version"] == 2 and seen["local"] == pytest.approx(seen["all"]/2, rel=.02)     # each process holds half
-        for key in ("loss", "grad_norm"): assert [r[key] for r in two["runs"][i]["log"]] == pytest.approx([r[key] for r in one["runs"][i]["log"]], rel=dict(sft=5e-3, dpo=.02)[name]), f"{name}: {key}"     # bf16 rounds otherwise where the layers are sharded
+        assert seen["unsharded_steps"] == 0 and seen["blocks"] > 4 and seen["reference_blocks"] == (seen["blocks"] if name == "dpo" else None)
+        for key in ("loss", "grad_norm"): assert [r[key] for r in two["runs"][i]["log"]] == pytest.approx([r[key] for r in one["runs"][i]["log"]], rel=dict(dpo=.02, reward_model=.03).get(name, 5e-3)), f"{name}: {key}"     # bf16 rounds otherwise where the layers are sharded
         begin, a, b = weights(data(name)["model_dir"]), weights(tmp_path/f"one-{name}-model"), weights(tmp_path/f"two-{name}-model")
-        moved, apart = (sum((a[k].float() - x[k].float()).square().sum().item() for k in a)**.5 for x in (begin, b))      # saved in bf16: the largest difference would be one rounding
-        assert a.keys() == b.keys() and moved > .1 and apart < .1*moved, f"{name}: weights moved {moved:.2g} and ended {apart:.2g} apart"
+        moved, apart = (sum((a[k].float() - x[k].float()).square().sum().item() for k in a if k in x)**.5 for x in (begin, b))      # saved in bf16: the largest difference would be one rounding
+        near = .6 if name == "reward_model" else .1      # its gradients are small: AdamW makes whole steps of bf16's rounding
+        assert a.keys() == b.keys() and moved > .1 and apart < near*moved, f"{name}: weights moved {moved:.2g} and ended {apart:.2g} apart"
 
 def deepspeed() -> Path:
     "A folder with DeepSpeed and what its attention imports, without its kernels; put into the cache once, outside the environment."

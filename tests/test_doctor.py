@@ -32,7 +32,7 @@ def test_32b_by_hand():
     state = lambda m: m["weights"] + m["gradients"] + m["optimiser"]
     assert state(one) == pytest.approx(16*n/1e9) and state(many) == pytest.approx(16*n/32/1e9)
     assert many["activations"] == pytest.approx(64*32768*5120*2/1e9) and many["block"] == pytest.approx(32768*(16*5120 + 10*9216 + 12*25600)/1e9)
-    assert D.memory(D.qwen3("32B"), 2, 32768, shards=32, reference=True)["reference"] == pytest.approx(4*n/32/1e9)
+    assert D.memory(D.qwen3("32B"), 2, 32768, shards=32, reference=True)["reference"] == pytest.approx(2*n/32/1e9)
     cut = D.memory(D.qwen3("32B"), 1, 32768, shards=32, parts=4)
     assert cut["activations"] == pytest.approx(many["activations"]/4) and state(cut) == state(many)
     assert D.writing(D.qwen3("32B"), 1, 1 - D.PROMPT)["cache"] == pytest.approx(262_144/1e9)
@@ -144,6 +144,15 @@ def test_on_slurm_core_starts_what_the_doctor_prints(big, monkeypatch):
 
 def test_the_profile_as_it_stands_is_not_refused():
     assert D.examine(P.load_params(ROOT, "h100x32"), FOLDER)["problems"] == []
+
+def test_host_memory_and_flash_attention_are_asked_for(big, monkeypatch):
+    n = 32_762_123_264
+    assert D.host_memory(n, D.trainings(big, 32)) == pytest.approx(n*(8*4 + 2)/1e9) and D.host_memory(n, D.trainings({s: p | (dict(rank=8) if "rank" in p else {}) for s, p in big.items()}, 32)) == 0
+    for there in (False, True):
+        monkeypatch.setattr(D, "find_spec", lambda name: object() if there else None)
+        assert any("flash-attn" in w for w in D.examine(big, FOLDER)["warnings"]) is not there
+    monkeypatch.setattr(D, "HOST_GB", 1000)
+    assert any("host memory" in p for p in D.examine(big, FOLDER)["problems"])
 
 def test_an_empty_accelerate_is_said(big):
     big["07_sft"]["accelerate"] = ""

@@ -170,3 +170,17 @@ def test_sampling_resumes_from_its_chunks(sft, tmp_path, monkeypatch):
     assert first["made"] == 16 and second["made"] == 0 and (tmp_path/"1.jsonl").read_text() == (tmp_path/"2.jsonl").read_text()
     got = core.read_jsonl(tmp_path/"1.jsonl")
     assert [(r["id"], r["source"]) for r in got] == [(f"q{i}", s) for i in range(4) for s in "aabb"] and all(r["verdict"] for r in got)
+
+def test_answers_and_rewards_are_made_where_the_accelerator_is(sft, tmp_path, monkeypatch):
+    "Every model that writes or scores goes to `device()`; here that is torch's device without memory."
+    import tpro_nb.dpo as D, tpro_nb.sft as S
+    seen = []
+    def generate(model, tok, prompts, **kw): seen.append(model.device.type); return [[dict(text="5", ids=[5], finished=True)]*kw["n"] for _ in prompts]
+    def score(model, tok, prompts, completions, **kw): seen.append(model.device.type); return [0.]*len(prompts)
+    for m in (R, D): monkeypatch.setattr(m, "device", lambda: "meta"); monkeypatch.setattr(m, "score", score)
+    monkeypatch.setattr(S, "generate", generate)
+    core.toy_model(tmp_path/"rm", scalar_head=True)
+    D.draw([([dict(name="a", path=str(sft), mode="direct", n=1)], [dict(id="q", prompt="2 + 3?", answer="5")])], str(tmp_path/"rm"), str(tmp_path/"rows.jsonl"), str(tmp_path/"w"),
+           temperature=1., max_new_tokens=dict(direct=4), batch_size=4)
+    R.reward_rows(str(tmp_path/"rm"), str(tmp_path/"rows.jsonl"), str(tmp_path/"scored.jsonl"))
+    assert seen == ["meta"]*3

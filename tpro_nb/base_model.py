@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'INITS', 'check_sizes', 'device', 'load_model', 'smollm2', 'text_bits', 'bits_per_byte', 'row_plan',
            'init_random', 'init_global', 'init_mean', 'init_wmean', 'spelt', 'init_ridge', 'vocab_matrices',
-           'transplant', 'set_specials', 'lora', 'trainable', 'apart', 'set_attention', 'new_rows', 'merge_and_save',
-           'whole', 'save_folder', 'stored_rows', 'trainer_args', 'Watch', 'sft_trainer', 'last_checkpoint', 'work_key',
-           'check_finite', 'fit', 'windows', 'run_steps', 'make_nano', 'get_base', 'heldout_and_train', 'race',
-           'winner', 'gain']
+           'transplant', 'set_specials', 'lora', 'trainable', 'apart', 'set_attention', 'row_parts', 'sharded',
+           'new_rows', 'merge_and_save', 'whole', 'save_folder', 'stored_rows', 'trainer_args', 'Watch', 'fp32_sums',
+           'sft_trainer', 'last_checkpoint', 'work_key', 'check_finite', 'fit', 'windows', 'run_steps', 'make_nano',
+           'get_base', 'heldout_and_train', 'race', 'winner', 'gain']
 
 # %% ../nbs/03_base_model.ipynb #7aba14db
 import json, os, math, shutil, time, zipfile
@@ -186,7 +186,7 @@ def lora(model, new_rows=(), rank: int = 16, alpha: int | None = None, dropout: 
 def trainable(model, new_rows=(), rank: int = 16, **kw):
     "The model ready for training: with adapters, or whole and in fp32 for rank 0."
     if rank == 0: return set_attention(model.float().requires_grad_(True))
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true": raise UserError(f"rank is {rank} and accelerate shards the weights (FSDP): set rank: 0, or leave accelerate empty")
+    if sharded(): raise UserError(f"rank is {rank} and accelerate shards the weights (FSDP): set rank: 0, or leave accelerate empty")
     from peft import get_peft_model
     model = get_peft_model(model, lora(model, new_rows, rank, **kw))
     head = model.get_base_model().get_output_embeddings()
@@ -216,8 +216,14 @@ def set_attention(model):
     if not torch.cuda.is_available():
         AttentionInterface.register("apart", apart); AttentionMaskInterface.register("apart", eager_mask)
         model.set_attn_implementation("apart")
-    elif is_flash_attn_2_available(): model.set_attn_implementation("flash_attention_2")
+    elif is_flash_attn_2_available() and row_parts() == 1: model.set_attn_implementation("flash_attention_2")
     return model
+
+def row_parts() -> int:
+    "Cards that share a row (torch's context parallelism, which knows torch's own attention only), as `accelerate launch` says it to its children."
+    return int(os.environ.get("PARALLELISM_CONFIG_CP_SIZE", 1))
+
+def sharded() -> bool: return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 def new_rows(folder) -> list[int]:
     "The rows that 03 initialised, as every later model folder carries them; [] for a model without surgery."
@@ -270,10 +276,9 @@ def stored_rows(folder, rows):
 def trainer_args(cls, work, steps: int = -1, epochs: float = 1.0, batch: int = 8, accumulate: int = 1, lr: float = 1e-4, warmup: float = 0, schedule: str = "cosine",
                  schedule_kwargs: dict | None = None, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, clip: float = 1.0,
                  save_every: int = 50, log_every: int = 5, seed: int = 0, report_to: str = "none", checkpointing: bool | None = None, **extra):
-    """Arguments for a TRL trainer: `cls` is SFTConfig, RewardConfig or DPOConfig; `extra` goes through.
-
-    Make them before the model: they start the process group, and only then does FSDP let one process read the weights for all."""
+    "Arguments for a TRL trainer: `cls` is SFTConfig, RewardConfig or DPOConfig; `extra` goes through."
     gpu = torch.cuda.is_available()
+    if sharded(): extra["accelerator_config"] = dict(gradient_accumulation_kwargs=dict(sync_each_batch=True))     # else each card keeps whole gradients until the last micro-batch
     return cls(output_dir=str(work), max_steps=steps, num_train_epochs=epochs, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
                learning_rate=lr, warmup_steps=warmup, lr_scheduler_type=schedule, lr_scheduler_kwargs=schedule_kwargs or {}, adam_beta1=betas[0], adam_beta2=betas[1],
                adam_epsilon=eps, weight_decay=weight_decay, max_grad_norm=clip, use_cpu=not gpu, bf16=True, gradient_checkpointing=gpu if checkpointing is None else checkpointing,
@@ -286,13 +291,22 @@ class Watch(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kw):
         if logs and "loss" in logs and not math.isfinite(logs["loss"]):
             raise UserError(f"the loss is {logs['loss']} at step {state.global_step}: lower lr, then run again")
-        write_jsonl(self.path, state.log_history)
+        if state.is_world_process_zero: write_jsonl(self.path, state.log_history)
+
+def fp32_sums(trainer):
+    "The TRL trainer class, with gradients summed in fp32 and outputs left as they are where FSDP2 shards the model; accelerate takes bf16 for both."
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    class Fp32Sums(trainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            if self.is_fsdp_enabled: self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return Fp32Sums
 
 # %% ../nbs/03_base_model.ipynb #c8fad65d
 def sft_trainer():
     "TRL's SFTTrainer; on a CPU, and for packed batches (one row), the head runs on labelled positions only."
     from trl import SFTTrainer
-    class LabelledSFTTrainer(SFTTrainer):
+    class LabelledSFTTrainer(fp32_sums(SFTTrainer)):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             if torch.cuda.is_available() or len(inputs["input_ids"]) > 1: return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             labels = torch.nn.functional.pad(inputs["labels"][0, 1:], (0, 1), value=-100)     # of each position's next token
@@ -307,12 +321,12 @@ def sft_trainer():
 # %% ../nbs/03_base_model.ipynb #f34035da
 def last_checkpoint(work) -> str | None:
     "The newest whole checkpoint under `work`, None where there is none."
-    def whole(p):
+    def complete(p):
         files = [p/f for f in ("optimizer.pt", "optimizer.bin", "optimizer_0") if (p/f).exists()]                   # one process; FSDP, full; FSDP, sharded (a folder)
         try: json.loads((p/"trainer_state.json").read_text())
         except (OSError, ValueError): return False
         return bool(files) and all(f.is_dir() or zipfile.is_zipfile(f) for f in files)
-    found = [p for p in Path(work).glob("checkpoint-*") if whole(p)]
+    found = [p for p in Path(work).glob("checkpoint-*") if complete(p)]
     return str(max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))) if found else None
 
 def work_key(*parts) -> str:
@@ -376,7 +390,11 @@ def get_base(base: str, tok_dir: str, out: str) -> dict:
     "Copy base weights from `smollm2`, a folder or a hub id beside the tokenizer of 02; writes a model folder."
     tok = AutoTokenizer.from_pretrained(tok_dir)
     if base == "smollm2": model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.bfloat16)
-    else: model, _ = load_model(base, torch.bfloat16)
+    else:
+        model, own = load_model(base, torch.bfloat16)
+        given = tok.get_vocab()
+        moved = [t for t, i in own.get_vocab().items() if given.get(t) != i]
+        if moved: raise UserError(f"base {base}: {len(moved):,} of its tokens, {moved[0]!r} among them, have another id in the vocabulary of 02_tokenizer_surgery, or none: give both chapters the same base")
     if tok.pad_token in (None, tok.eos_token): tok.pad_token = SPECIALS[0]
     check_sizes(model, tok, base)
     set_specials(model, tok); save_folder(model, tok, out)

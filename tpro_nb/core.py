@@ -7,7 +7,7 @@ __all__ = ['CHILD_ENV', 'PACKAGES', 'CHAT_TEMPLATE', 'SPECIALS', 'THINK', 'TOY_T
            'starter', 'environment', 'toy_tokenizer', 'toy_model', 'toy_problems', 'toy_rows', 'toy']
 
 # %% ../nbs/00_core.ipynb #2445e493
-import csv, ctypes, hashlib, importlib, json, os, platform, random, resource, shlex, signal, subprocess, sys, time
+import atexit, csv, ctypes, hashlib, importlib, json, os, platform, random, resource, shlex, signal, subprocess, sys, time
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Iterable
@@ -213,13 +213,13 @@ def starter(nproc: int, accelerate: str = "") -> list[str]:
 
 def _spawn(jobs, work, nproc, threads, accelerate="") -> list[dict]:
     work = Path(work); work.mkdir(parents=True, exist_ok=True)
-    result = work/"result.json"; result.unlink(missing_ok=True)
+    result, err = work/"result.json", work/"error.txt"
+    result.unlink(missing_ok=True); err.unlink(missing_ok=True)
     write_json(work/"config.json", jobs)
     env = {**CHILD_ENV, **os.environ, "OMP_NUM_THREADS": str(threads or max(1, (os.cpu_count() or 1)//nproc))}
     p = subprocess.run([*starter(nproc, accelerate), str(work/"config.json"), str(result)], env=env, preexec_fn=_die_with_parent)
     if p.returncode or not result.exists():
-        err = work/"error.txt"
-        if p.returncode == 2 and err.exists(): raise UserError(err.read_text())
+        if p.returncode and err.exists(): raise UserError(err.read_text())      # torchrun has a status of its own
         names = ", ".join(t for t, _ in jobs)
         raise RuntimeError(f"{names} ended with status {p.returncode}; its output is above" + (", killed" if p.returncode < 0 else ""))
     return read_json(result)
@@ -227,15 +227,16 @@ def _spawn(jobs, work, nproc, threads, accelerate="") -> list[dict]:
 # %% ../nbs/00_core.ipynb #f547a6e8
 def _child(config: str, result: str):
     "The other end of `launch`."
-    err, out = Path(result).with_name("error.txt"), []
-    err.unlink(missing_ok=True)
+    out = []
     try:
         for target, kw in read_json(config):
             module, _, name = target.partition(":")
             out.append(getattr(importlib.import_module(module), name)(**kw) or {})
     except UserError as e:
-        atomic_write(err, str(e)); sys.exit(2)
+        atomic_write(Path(result).with_name("error.txt"), str(e)); sys.exit(2)
     if int(os.environ.get("RANK", 0)) == 0: write_json(result, out)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:      # gloo's threads now and then abort a process that has done its work and ends by itself
+        atexit._run_exitfuncs(); sys.stdout.flush(); sys.stderr.flush(); os._exit(0)
 
 if __name__ == "__main__" and "__file__" in globals():      # started as `python -m tpro_nb.core`; a notebook has no __file__
     importlib.import_module("tpro_nb.core")._child(*sys.argv[1:3])   # the imported module, so that UserError is one class

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['QWEN3', 'PROMPT', 'WRITES', 'HOST_GB', 'qwen3', 'count', 'config_of', 'sizes', 'memory', 'writing',
            'accelerate_config', 'trainings', 'trl_configs', 'model_rows', 'remedies', 'weigh', 'launch_line', 'servers',
-           'other_cards', 'row_split', 'untracked', 'examine', 'cautions', 'said']
+           'other_cards', 'row_split', 'untracked', 'examine', 'host_memory', 'cautions', 'said']
 
 # %% ../nbs/91_doctor.ipynb #b93a9397
 import json, math, tempfile
@@ -80,8 +80,9 @@ def memory(c,                       # the model's configuration
     layer, tokens, low = (n - top)/L, sequences*length/parts, shards > 1 or rank > 0     # low: a bf16 residual stream
     kept = 16*H + 10*q + 10*kv + 8*I if low else 22*H + 16*q + 12*kv + 8*I
     trained = rank*L*((H + q)*2 + (H + kv)*2 + (H + I)*3) if rank else n
-    gathered = 2*(top + 2*layer) + 2*(top + layer)*(not rank) if shards > 1 else 2*n*(not rank)      # alone, autocast keeps a bf16 copy
-    out = dict(weights=(4*trained + 2*n*bool(rank))/shards, gradients=4*trained/shards, optimiser=8*trained/shards, reference=4*n*(reference and not rank)/shards,
+    sums = 2*(top + layer) + 4*max(2*layer, top/(1 if c.tie_word_embeddings else 2) + layer)               # gradients: as they come, and two blocks on their way
+    gathered = 2*(top + 2*layer) + sums*(not rank) if shards > 1 else 2*n*(not rank)                       # alone, autocast keeps a bf16 copy
+    out = dict(weights=(4*trained + 2*n*bool(rank))/shards, gradients=4*trained/shards, optimiser=8*trained/shards, reference=(2 if shards > 1 else 4)*n*(reference and not rank)/shards,
                gathered=gathered, activations=tokens*(2 if offload else L)*H*(2 if low else 4), block=tokens*(kept + 4*I),
                head=(4096*32_768*2 + 4*c.vocab_size*H*(not rank) + 4*tokens*H)*head)
     return {k: v/1e9 for k, v in out.items()}
@@ -243,7 +244,7 @@ def row_split(c, ts: list[dict], configs: dict, params: dict) -> list[dict]:
     for name, a in configs.items():
         for t in ts if a["parts"] > 1 else []:
             packs = t["stage"] == "06_midtraining" or params[t["stage"]].get("packing", False)
-            why = "no: TRL's trainer does not cut this stage's masks" if t["stage"] in ("08_reward_model", "09_dpo") else "no: TRL refuses packed rows here" if packs else "yes"
+            why = "no: TRL's trainer does not cut this stage's masks" if t["stage"] in ("08_reward_model", "09_dpo") else "no: TRL refuses packed rows here" if packs else "yes" if t["batch"] == 1 else "with batch: 1, which needs no mask"
             m = memory(c, shards=a["shards"], parts=a["parts"], **model_rows(t))
             out.append(dict(file=name, stage=t["stage"], parts=a["parts"], total=sum(m.values()), usable=why))
     return out
@@ -302,19 +303,25 @@ def examine(params: dict,                     # a profile's checked parameters b
     problems += more
     hours = [estimate(t["what"], n, t["tokens"], t["flop"], mfu=plan.get("plan_mfu", .4), gpus=t["world"], peak_tflops=plan.get("plan_peak_tflops", 989.), device=plan.get("plan_device", "H100"),
                       usd_per_gpu_h=plan.get("usd_per_gpu_h", 3.), rub_per_usd=plan.get("rub_per_usd", 80.), note="" if t["steps"] is None else f"{t['steps']:,} steps" + (", rows counted at full length" if t["sequences"] > t["batch"] else "")) for t in ts]
-    warnings += cautions(n, ts, acc)
+    host = host_memory(n, ts) if acc else 0
+    if host > HOST_GB: problems.append(f"the ranks of a machine make whole models before they are sharded, {host:,.0f} GB of host memory; a DGX H100 has {HOST_GB:,}. Lower nproc, or set rank: 16.")
+    warnings += cautions(ts, acc, host, gpu)
     return dict(base=base, parameters=n, card_gb=card_gb, fits=fits, writes=writes, hours=hours, configs=configs, split=row_split(c, ts, configs, params), trl=trl, serving=serving, acc=acc, problems=problems, warnings=warnings, gpu=gpu,
                 disk_gb={t["stage"]: (3*12*(n if not t["rank"] else 0) + 2*n)/1e9 for t in ts})
 
-def cautions(n: int, ts: list[dict], acc: dict | None) -> list[str]:
+def host_memory(n: int, ts: list[dict]) -> float:
+    "GB that one machine's ranks hold before their models are sharded: fp32 weights in each, DPO's bf16 reference once, as mapped pages."
+    return max((n*(t["nproc"]*4 + 2*t["reference"])*(not t["rank"])/1e9 for t in ts if t["nproc"] > 1), default=0)
+
+def cautions(ts: list[dict], acc: dict | None, host: float, gpu: bool) -> list[str]:
     "What does not refuse a profile and should be known."
     out = []
     if acc and any(t["nproc"] > 1 for t in ts):
         bare = [t["stage"] for t in ts if t["nproc"] > 1 and not t["accelerate"]]
         if bare: out.append(f"{', '.join(bare)}: accelerate is empty, so torchrun starts {'them' if len(bare) > 1 else 'it'} and nothing is sharded; name the accelerate file there.")
-        worst = max((t for t in ts if t["nproc"] > 1), key=lambda t: t["reference"])
-        host = worst["nproc"]*n*(8 if worst["reference"] and not worst["rank"] else 6)/1e9
-        if host > .5*HOST_GB: out.append(f"{worst['stage']}: {worst['nproc']} ranks of a node each make whole models before they are sharded: up to {host:,.0f} GB of host memory (a DGX H100 has {HOST_GB:,}), unless fsdp_cpu_ram_efficient_loading leaves all but one empty, which has not been measured.")
+        if host > .4*HOST_GB: out.append(f"every rank of a machine reads whole weights before they are sharded, {host:,.0f} GB of host memory together (a DGX H100 has {HOST_GB:,}); fsdp_cpu_ram_efficient_loading does not spare it.")
+    long = [f"{t['stage']} ({t['length']:,})" for t in ts if t["length"] >= 8192]
+    if gpu and long and find_spec("flash_attn") is None: out.append(f"rows of {', '.join(long)} tokens are weighed with FlashAttention, which this environment lacks: pip install flash-attn on the machine with the cards. Without it a packed row has a mask of tokens x tokens.")
     return out
 
 # %% ../nbs/91_doctor.ipynb #b87a9130

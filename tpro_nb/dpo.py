@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 import numpy as np
 import torch
-from .base_model import fit, last_checkpoint, load_model, lora, new_rows, set_attention, save_folder, set_specials, trainer_args, whole, work_key
+from .base_model import device, fit, fp32_sums, last_checkpoint, load_model, lora, new_rows, set_attention, save_folder, set_specials, sharded, trainer_args, whole, work_key
 from .core import UserError, ratio_ci, read_jsonl, seed_everything, write_jsonl
 from .midtraining import prompt_ids
 from .reward_model import check_pairs, load_reward_model, sample, score
@@ -55,7 +55,7 @@ def draw(groups: list, reward_dir: str, out: str, work: str, **how) -> dict:
     sampled = time.perf_counter()
     if reward_dir:
         model, tok = load_reward_model(reward_dir)
-        for r, x in zip(rows, score(model, tok, [r["prompt"] for r in rows], [r["text"] for r in rows], desc="rewards")): r["reward"] = float(x)
+        for r, x in zip(rows, score(model.to(device()), tok, [r["prompt"] for r in rows], [r["text"] for r in rows], desc="rewards")): r["reward"] = float(x)
     write_jsonl(out, rows)
     return dict(answers=len(rows), seconds=sampled - begin, reward_seconds=time.perf_counter() - sampled)
 
@@ -69,15 +69,12 @@ def dataset(tok, pairs: list[dict], max_length: int):
     return Dataset.from_list(fits)
 
 def dpo_trainer():
-    "TRL's DPOTrainer for data that is token ids already; under FSDP2 what the model returns is fp32, and so are the gradients' sums."
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-    from trl import DPOTrainer
-    class IdsDPOTrainer(DPOTrainer):
+    "TRL's DPOTrainer for data that is token ids already; FSDP2 shards the reference layer by layer, as it does the policy."
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from trl.trainer import dpo_trainer as trl_dpo
+    trl_dpo.prepare_fsdp = lambda model, accelerator: fsdp2_prepare_model(accelerator, model).eval()
+    class IdsDPOTrainer(fp32_sums(trl_dpo.DPOTrainer)):
         def _prepare_dataset(self, dataset, *args, **kw): return dataset
-        def create_accelerator_and_postprocess(self):
-            super().create_accelerator_and_postprocess()
-            if self.is_fsdp_enabled:      # before TRL shards the reference, which must be read by the same rule
-                self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
     return IdsDPOTrainer
 
 def folder_first():
@@ -110,9 +107,9 @@ def train(model_dir: str, pairs_path: str, out: str, work: str, epochs: float, b
     args = dpo_args(work, epochs=epochs, batch=batch, accumulate=accumulate, lr=lr, warmup=warmup, beta=beta, betas=(0.9, beta2), eps=eps, weight_decay=weight_decay,
                     clip=clip, max_length=max_length, eval_every=eval_every, seed=seed, report_to=report_to, early=held > 0, activation_offloading=activation_offloading)
     model, tok = load_model(model_dir, torch.bfloat16 if rank else torch.float32)
-    reference = None if rank else load_model(model_dir, torch.float32)[0]     # the same arithmetic as the policy, so that the first loss is ln 2
-    trainer = dpo_trainer()(model=set_attention(model), ref_model=reference, args=args, train_dataset=dataset(tok, pairs[held:], max_length), processing_class=tok,
-                            eval_dataset=dataset(tok, pairs[:held], max_length) if held else None, peft_config=lora(model, (), rank) if rank else None,
+    reference = None if rank else load_model(model_dir, torch.bfloat16 if sharded() else torch.float32)[0].requires_grad_(False)     # computes as the policy does, so that the first loss is ln 2
+    data, dev = dataset(tok, pairs[held:], max_length), dataset(tok, pairs[:held], max_length) if held else None
+    trainer = dpo_trainer()(model=set_attention(model), ref_model=reference, args=args, train_dataset=data, processing_class=tok, eval_dataset=dev, peft_config=lora(model, (), rank) if rank else None,
                             callbacks=[folder_first(), *([EarlyStoppingCallback(patience)] if held and patience else [])])
     resumed, begin = last_checkpoint(work), time.perf_counter()
     log = fit(trainer, work)
@@ -122,7 +119,7 @@ def train(model_dir: str, pairs_path: str, out: str, work: str, epochs: float, b
         model = (model.merge_and_unload() if hasattr(model, "merge_and_unload") else model).to(torch.bfloat16)
         set_specials(model, tok); save_folder(model, tok, out, new_rows(model_dir))
     best = trainer.state.best_model_checkpoint
-    return dict(log=log, evals=[r for r in trainer.state.log_history if "eval_loss" in r], pairs=len(pairs) - held, held=held, seconds=time.perf_counter() - begin,
+    return dict(log=log, evals=[r for r in trainer.state.log_history if "eval_loss" in r], pairs=len(data), held=len(dev or []), left_out=len(pairs) - len(data) - len(dev or []), seconds=time.perf_counter() - begin,
                 best_step=int(best.rsplit("-", 1)[1]) if best else trainer.state.global_step, steps=trainer.state.global_step, resumed=bool(resumed))
 
 # %% ../nbs/09_dpo.ipynb #5dda051f

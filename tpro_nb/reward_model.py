@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification
-from .base_model import fit, last_checkpoint, load_model, save_folder, set_specials, trainable, trainer_args, whole, work_key
+from .base_model import device, fit, fp32_sums, last_checkpoint, load_model, save_folder, set_specials, trainable, trainer_args, whole, work_key
 from .core import UserError, ratio_ci, read_jsonl, seed_everything, write_json, write_jsonl
 from .midtraining import prompt_ids
 from .tmath import grade_many
@@ -105,7 +105,7 @@ def sample(sources: list[dict],   # {name, path, mode: think/direct, n}
             path = Path(work)/f"sample-{work_key(Path(s['path']) if i == 0 else s['key'], s['name'], s['mode'], [p['id'] for p in chunk], how)}.jsonl"
             if i == 0: s["key"] = path.stem
             if not path.exists():
-                if model is None: model, tok = load_model(s["path"])
+                if model is None: model, tok = load_model(s["path"]); model = model.to(device())
                 got = generate(model, tok, [p["prompt"] for p in chunk], think=s["mode"] == "think", batch_size=batch_size, desc=f"{s['name']} {s['mode']}", **how)
                 write_jsonl(path, [dict(p, source=s["name"], mode=s["mode"], sample=k, text=a["text"], ids=a["ids"], finished=a["finished"])
                                    for p, answers in zip(chunk, got) for k, a in enumerate(answers)])
@@ -186,12 +186,12 @@ def train(model_dir: str, pairs_path: str, out: str, work: str, steps: int, batc
     pairs = check_pairs(read_jsonl(pairs_path), Path(pairs_path).name)
     args = trainer_args(RewardConfig, work, steps=steps, batch=batch, accumulate=accumulate, lr=lr, warmup=warmup, weight_decay=weight_decay, clip=clip, save_every=save_every,
                         seed=seed, report_to=report_to, log_every=1 if steps < 50 else 5, max_length=max_length, center_rewards_coefficient=center or None, activation_offloading=activation_offloading)
-    model, tok = load_model(model_dir, torch.bfloat16, cls=AutoModelForSequenceClassification, num_labels=1)
+    model, tok = load_model(model_dir, torch.bfloat16 if rank else torch.float32, cls=AutoModelForSequenceClassification, num_labels=1)
     model.score.float(); torch.nn.init.zeros_(model.score.weight)
     rows = [dict(chosen_ids=reward_ids(tok, p["prompt"], p["chosen"]), rejected_ids=reward_ids(tok, p["prompt"], p["rejected"])) for p in pairs]
     fits = [r for r in rows if max(map(len, r.values())) <= max_length]
     if not fits: raise UserError(f"no pair fits into {max_length} tokens: raise max_length")
-    trainer = RewardTrainer(model=trainable(model, (), rank, task="SEQ_CLS"), args=args, train_dataset=Dataset.from_list(fits), processing_class=tok)
+    trainer = fp32_sums(RewardTrainer)(model=trainable(model, (), rank, task="SEQ_CLS"), args=args, train_dataset=Dataset.from_list(fits), processing_class=tok)
     resumed, begin = last_checkpoint(work), time.perf_counter()
     log = fit(trainer, work)
     model = whole(trainer, lambda: load_model(model_dir, torch.bfloat16, cls=AutoModelForSequenceClassification, num_labels=1)[0])
@@ -206,7 +206,7 @@ def train(model_dir: str, pairs_path: str, out: str, work: str, steps: int, batc
 def reward_rows(model_dir: str, rows_path: str, out: str) -> dict:
     "Add `reward` to the rows of a completions file."
     begin, (model, tok), rows = time.perf_counter(), load_reward_model(model_dir), read_jsonl(rows_path)
-    got = score(model, tok, [r["prompt"] for r in rows], [r["text"] for r in rows], desc="rewards")
+    got = score(model.to(device()), tok, [r["prompt"] for r in rows], [r["text"] for r in rows], desc="rewards")
     write_jsonl(out, [r | dict(reward=float(x)) for r, x in zip(rows, got)])
     return dict(seconds=time.perf_counter() - begin, rows=len(rows))
 

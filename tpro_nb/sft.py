@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig
-from .base_model import device, fit, last_checkpoint, load_model, merge_and_save, new_rows, sft_trainer, trainable, trainer_args, whole, work_key
+from .base_model import device, fit, last_checkpoint, load_model, merge_and_save, new_rows, row_parts, sft_trainer, trainable, trainer_args, whole, work_key
 from .core import CHAT_TEMPLATE, UserError, read_jsonl, seed_everything
 from .midtraining import check_think, prompt_ids, turn_ids
 
@@ -83,8 +83,8 @@ def train(model_dir: str, rows_path: str, out: str, work: str, epochs: float, st
     work = Path(work)/f"fit-{work_key(config, Path(model_dir), Path(rows_path))}"
     args = trainer_args(SFTConfig, work, steps=steps or -1, epochs=epochs, batch=batch, accumulate=accumulate, lr=lr, warmup=warmup, betas=(0.9, beta2), eps=eps,
                         weight_decay=weight_decay, clip=clip, save_every=save_every, seed=seed, report_to=report_to, log_every=1 if 0 < steps < 50 else 5,
-                        packing=packing, packing_strategy="bfd", padding_free=True, pad_to_multiple_of=64, max_length=context if packing else None)   # rows are cut already
-    model, tok = load_model(model_dir, torch.bfloat16)
+                        packing=packing, packing_strategy="bfd", padding_free=row_parts() == 1, pad_to_multiple_of=64, max_length=context if packing else None)   # rows are cut already
+    model, tok = load_model(model_dir, torch.bfloat16 if rank else torch.float32)
     check_think(tok, model_dir)
     data, cut = dataset(tok, read_jsonl(rows_path), context, seed)
     trainer = sft_trainer()(model=trainable(model, new_rows(model_dir), rank), args=args, train_dataset=data, processing_class=tok)
