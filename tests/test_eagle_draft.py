@@ -315,6 +315,16 @@ def test_online_labels_equal_kept_ones(data, data3, tmp_path, kind):
     assert [c[2] for c in b["curve"]] == pytest.approx([c[2] for c in a["curve"]], rel=1e-2)
     assert b["heldout"]["top1"] == pytest.approx(a["heldout"]["top1"], abs=.03)
 
+def test_the_curve_along_training_is_over_the_development_prompts(data, tmp_path, monkeypatch):
+    "They are the first prompts, not the first texts: shards hold texts by the length of their prompts."
+    import tpro_nb.eagle_draft as ed
+    _, _, d = data
+    seen, real = [], heldout
+    monkeypatch.setattr(ed, "heldout", lambda draft, rows, *a: (seen.append({r["row"] for r in rows}), real(draft, rows, *a))[1])
+    train(**FIT | dict(curve_rows=3), data=str(d), held=str(d), epochs=1, out=str(tmp_path/"draft"), work=str(tmp_path))
+    everyone = {r["row"] for r in load_data(d)}
+    assert len(everyone) > 3 and seen[-1] == everyone and all(s == {r for r in everyone if r < 3} for s in seen[:-1]) and len(seen) > 1
+
 def test_features_of_the_other_kind_are_refused(data, data3, tmp_path):
     go = lambda d, **kw: train(**FIT, data=str(d), held=str(d), epochs=1, out=str(tmp_path/"draft"), work=str(tmp_path), **kw)
     with pytest.raises(UserError, match="another kind"): go(data[2], kind="eagle3")

@@ -62,7 +62,7 @@ def measured(tmp_path_factory):
     toy_model(d/"model"); echo_draft(d/"draft", d/"model", [i for i in range(510) if i not in (300, 301)])
     rows = [dict(r, prompt=r["prompt"]) for r in ed.PROOF_PROMPTS]
     rows = [r | dict(ids=r["ids"] + [300 + i]) for i, r in enumerate(es.prepared(d/"model", rows, 4))]     # the toy repeats its last token; two of the four are not hot
-    info = es.measure(str(d/"model"), str(d/"draft"), rows, rows[:1], rows[1:3], [[1, 1, 1], [2, 2, 4]], 10, 6, 8, es.end_ids(d/"model"), [1, 3], 2, 2, .8, 400, "cpu", "base", str(d), 0)
+    info = es.measure(str(d/"model"), str(d/"draft"), rows, rows[:1], rows[1:3], [[1, 1, 1], [2, 2, 4]], 10, 6, 8, es.end_ids(d/"model"), [1, 3], 2, 2, .8, 400, "cpu", "base", str(d), 0, vocabs=[40, 5000])
     torch.set_num_threads(n)
     return info, read_jsonl(d/"base.jsonl"), rows, d
 
@@ -108,6 +108,7 @@ def test_same_text_and_known_keys(measured):
 def test_forecast_is_measured_on_prompts_that_did_not_choose(measured):
     info, events, rows, _ = measured
     j = info["judged"]
+    assert [v["tokens"] for v in info["vocabs"]] == [508, 40] and info["vocabs"][0]["acceptance_length"] >= info["vocabs"][1]["acceptance_length"] >= 1
     assert j["tree"] == info["tried"][0]["tree"] and j["prompts"] == 2 and j["acceptance_length"] > 1
     assert j["predicted"] == pytest.approx(es.speedup(j["acceptance_length"], j["draft_ms"], j["verify_ms"], j["plain_ms"]), rel=1e-3)
     assert j["predicted_lo"] <= j["predicted"] <= j["predicted_hi"]
@@ -121,13 +122,12 @@ class Scripted:
 
 def test_judge_takes_medians_in_turn_and_the_interval_of_tau():
     dec, rows = Scripted(), [dict(ids=[n], request=f"r{i}", domain="d", mode="direct", lang="en") for i, n in enumerate([1, 2, 1, 2])]
-    j = es.judge_tree(dec, rows, (3, 3, 7), 8, None)
+    log = es.in_turn(dec, rows, [None, (3, 3, 7)], 8, None)
+    j = es.forecast(log[None], log[3, 3, 7], (3, 3, 7))
     assert dec.order[:4] == [("r0", None), ("r0", (3, 3, 7)), ("r1", (3, 3, 7)), ("r1", None)]       # one busy second does not hit one side only
     assert (j["plain_ms"], j["draft_ms"], j["verify_ms"], j["acceptance_length"]) == (10, 5, 10, 2.5)   # 1000 ms, a hiccup, moves no median
     assert j["predicted"] == pytest.approx(2.5*10/15, abs=1e-3) and j["predicted_lo"] == pytest.approx(2*10/15, abs=1e-3) and j["predicted_hi"] == pytest.approx(3*10/15, abs=1e-3)
-    class Silent:
-        def generate(self, *a, **kw): pass
-    assert es.judge_tree(Silent(), rows, (3, 3, 7), 8, None)["predicted"] is None
+    assert es.forecast([], [], (3, 3, 7))["predicted"] is None
 
 def test_more_development_prompts_are_nobody_elses():
     own = general_prompts(3); more = es.more_prompts(own["dev"], 3)

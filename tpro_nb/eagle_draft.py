@@ -402,13 +402,14 @@ def estimate(config,             # the target's config
              new_tokens: int,    # most that can be generated
              batch: int, length: int,
              states: int = 1,    # hidden states kept of a token: 1 in EAGLE-1, 4 in EAGLE-3 (three layers to read, the last to learn from), 0 online
+             writers: int = 1,   # processes that write, each with the target and a cache
             ) -> dict:
-    "MB on disk and in memory for features, cache and weights, before anything runs."
+    "MB on disk and in memory for features, caches and weights, before anything runs; what the libraries take comes on top."
     D = getattr(config, "head_dim", None) or config.hidden_size//config.num_attention_heads
     kept = (prompt_tokens + new_tokens)*(2*states*config.hidden_size + 4)/2**20
     weights = 2*config.num_hidden_layers*(4*config.hidden_size**2 + 3*config.hidden_size*config.intermediate_size)/2**20 + 2*config.vocab_size*config.hidden_size/2**20
     cache = (2 if torch.cuda.is_available() else 4)*2*config.num_hidden_layers*batch*config.num_key_value_heads*length*D/2**20
-    return dict(planned_tokens=new_tokens, disk_mb=round(kept), generate_mb=round(weights + cache), train_mb=round(2*kept + 600))
+    return dict(planned_tokens=new_tokens, disk_mb=round(kept), generate_mb=round(writers*(weights + cache)), train_mb=round(2*kept + 600))
 
 # %% ../nbs/11_eagle_draft.ipynb #19125453
 def plan_answers(size: list[int], temperatures: list[float], most: int, batch: int) -> list[list[tuple[int, float]]]:
@@ -447,11 +448,11 @@ def make_data(target: str, rows: list[dict], work: str, max_new: int, batch: int
     plan = plan_answers(size, temperatures, token_budget//max_new, batch)
     config = AutoConfig.from_pretrained(target)
     taps = [] if online else taps_of(kind, config)
-    cost = estimate(config, sum(size[i] for shard in plan for i, _ in shard), sum(map(len, plan))*max_new, batch, max(size) + max_new, 0 if online else 1 + len(taps))
+    planned, todo = sum(map(len, plan))*max_new, [n for n in range(len(plan)) if not shard_path(work, n).exists()]
+    writers = 1 if torch.cuda.is_available() else max(1, min(torch.get_num_threads(), planned//4000, len(todo)))
+    cost = estimate(config, sum(size[i] for shard in plan for i, _ in shard), planned, batch, max(size) + max_new, 0 if online else 1 + len(taps), writers)
     print("draft data:", cost, flush=True)
-    if cost["disk_mb"] > budget_mb: raise UserError(f"features would take {cost['disk_mb']} MB, budget_mb is {budget_mb}. Lower token_budget or raise budget_mb.")
-    todo = [n for n in range(len(plan)) if not shard_path(work, n).exists()]
-    writers = 1 if torch.cuda.is_available() else max(1, min(torch.get_num_threads(), cost["planned_tokens"]//4000, len(todo)))
+    if cost["disk_mb"] > budget_mb: raise UserError(f"features would take {cost['disk_mb']} MB, budget_mb is {budget_mb}. Set online: true, which keeps none, lower the tokens planned or raise budget_mb.")
     jobs = [dict(target=target, rows=rows, plan=plan, todo=todo[w::writers], work=str(work), max_new=max_new, seed=seed, taps=taps, keep=not online, shown=w == 0) for w in range(writers)]
     if writers == 1 and todo: write_shards(**jobs[0])
     elif todo:
@@ -694,7 +695,7 @@ def train(target: str, data: str, held: str, out: str, work: str, hot: list[int]
             fit.curve.append([fit.step, *update(loss_of, opt, b, emb, hot_head, w_feat, w_token, noise, clip, rate(fit.step, total, lr, warmup), unroll if fit.step >= unroll_from*total else 1)])
             fit.step += 1; bar.update()
             if rank == 0 and (fit.step == total or (fit.step % every == 0 and total - fit.step >= every)):
-                fit.log.append(dict(step=fit.step) | {k: v for k, v in heldout(draft, test[:curve_rows], emb, head, depth).items() if k != "rows"})
+                fit.log.append(dict(step=fit.step) | {k: v for k, v in heldout(draft, [r for r in test if r["row"] < curve_rows] or test, emb, head, depth).items() if k != "rows"})
                 bar.set_postfix(top1=f"{fit.log[-1]['top1']:.3f}")
             fit.seconds = before + time.monotonic() - began
             if rank == 0 and time.monotonic() - saved > save_s: fit.save(); saved = time.monotonic()

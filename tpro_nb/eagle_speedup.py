@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['PAPER_20', 'PAPER_21', 'PAPER_SPEEDUP', 'PAPER_BREAK_EVEN', 'speedup', 'break_even', 'forward_times', 'tau',
-           'in_turn', 'middle', 'loop_times', 'choose_tree', 'judge_tree', 'more_prompts', 'Clock', 'hf_events', 'meta',
-           'contestants', 'measure', 'totals', 'by_prompt', 'against', 'per', 'finite', 'speed_metrics', 'groups',
-           'write_csv', 'plot_domains', 'plot_scatter', 'acceptance_by_depth', 'plot_acceptance', 'plot_cost',
-           'prepared', 'end_ids']
+           'in_turn', 'middle', 'loop_times', 'choose_tree', 'forecast', 'more_prompts', 'cut_draft', 'sweep_vocabs',
+           'Clock', 'hf_events', 'meta', 'contestants', 'measure', 'totals', 'by_prompt', 'against', 'per', 'finite',
+           'speed_metrics', 'groups', 'write_csv', 'plot_domains', 'plot_scatter', 'acceptance_by_depth',
+           'plot_acceptance', 'plot_cost', 'prepared', 'end_ids']
 
 # %% ../nbs/14_eagle_speedup.ipynb #7d5fa0e1
 import csv, hashlib, io, json, os, random, time
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from .core import Run, UserError, atomic_write, environment, launch, ratio_ci, read_json, read_jsonl, toy, write_json, write_jsonl
 from .eagle_decoding import Decoder, causal, load_target, spread, PROOF_PROMPTS, torch_options
-from .eagle_draft import PASSAGE, TEMPLATES, TOPICS, fill, general_prompts, random_draft, render, stop_ids
+from .eagle_draft import EagleDraft, PASSAGE, TEMPLATES, TOPICS, fill, general_prompts, random_draft, render, stop_ids
 
 # %% ../nbs/14_eagle_speedup.ipynb #fdbe7f46
 def speedup(tau: float, draft_ms: float, verify_ms: float, plain_ms: float) -> float: return tau*plain_ms/(draft_ms + verify_ms)
@@ -76,9 +76,8 @@ def choose_tree(dec: Decoder, dev: list[dict], shapes: list, new: int, eos, tick
     return sorted(out, key=lambda r: -r["predicted"]), times
 
 # %% ../nbs/14_eagle_speedup.ipynb #14a70002
-def judge_tree(dec: Decoder, rows: list[dict], shape, new: int, eos, seed: int = 0, tick=None) -> dict:
-    "Forecast for one tree: plain loop and tree in turn on fresh prompts; milliseconds are medians over steps, `predicted` has the interval of τ."
-    log = in_turn(dec, rows, [None, shape], new, eos, tick); plain, ev = log[None], log[tuple(shape)]
+def forecast(plain: list[dict], ev: list[dict], shape, seed: int = 0) -> dict:
+    "Forecast for one tree from events of the plain loop and of the tree on development prompts; milliseconds are medians over steps, `predicted` has the interval of τ."
     if not plain or not ev: return dict(tree=list(shape), prompts=0, predicted=None, predicted_lo=None, predicted_hi=None)
     pairs = defaultdict(lambda: np.zeros(2))
     for e in ev: pairs[e["request"]] += (len(e["accepted"]) + 1, 1)
@@ -97,6 +96,25 @@ def more_prompts(dev: list[dict], seed: int) -> list[dict]:
                          lang="code" if domain == "code" else "en", mode="direct", template=j) for j, tpl in enumerate(templates)]
             if known & {r["prompt"] for r in made}: out += [r for r in made if r["prompt"] not in known]
     return sorted(out, key=lambda r: r["template"])
+
+# %% ../nbs/14_eagle_speedup.ipynb #14a70007
+def cut_draft(folder, n: int, out) -> Path:
+    "The draft with the first `n` of its hot tokens (EAGLE-1: the layer stays as it is)."
+    draft = EagleDraft.load(folder)
+    if draft.kind != "eagle": raise UserError(f"draft_vocabs: {folder} is a draft of kind {draft.kind}, whose head is its own; leave draft_vocabs empty")
+    draft.hot_tokens = draft.hot_tokens[:n]; draft.save(out)
+    return Path(out)
+
+def sweep_vocabs(decoders: dict[int, Decoder], rows: list[dict], shape, new: int, eos, times: dict[int, float], tick=None) -> list[dict]:
+    "One tree with drafts of several vocabularies (tokens → decoder), in turn on development prompts; `times` are `loop_times`."
+    log, names = {n: [] for n in decoders}, list(decoders)
+    for i, row in enumerate(rows):
+        for j in range(len(names)):
+            n = names[(i + j) % len(names)]
+            log[n] += in_turn(decoders[n], [row], [shape], new, eos, tick)[tuple(shape)]
+    price = lambda ev: float(np.interp(np.mean([len(e["tree"]["tokens"]) for e in ev]), list(times), list(times.values())))
+    rows = [dict(tokens=n, acceptance_length=tau(ev), draft_ms=middle(ev, "draft_ms"), verify_ms=price(ev)) for n, ev in log.items() if ev]
+    return [r | dict(value=speedup(r["acceptance_length"], r["draft_ms"], r["verify_ms"], times[min(times)])) for r in rows]
 
 # %% ../nbs/14_eagle_speedup.ipynb #7fbe733d
 class Clock:
@@ -137,28 +155,33 @@ def contestants(dec: Decoder, hf, shape, eos, temperature: float, seed: int) -> 
 # %% ../nbs/14_eagle_speedup.ipynb #7e66d2d9
 def measure(model: str, draft: str, rows: list[dict], dev: list[dict], judge: list[dict], shapes: list, new: int, dev_new: int, judge_new: int, eos: list[int], sizes: list[int],
             baselines: int, sampled: int, temperature: float, context: int, device: str, name: str, work: str, seed: int = 0,
-            attention: str = "mask", steps: str = "free") -> dict:
-    "Choose the tree on `dev`, forecast on `judge`, then measure on `rows`; events go to work/<name>.jsonl."
+            attention: str = "mask", steps: str = "free", vocabs: list[int] = ()) -> dict:
+    "Choose the tree on `dev`, then measure on `rows` with `judge`'s prompts for the forecast in between; events go to work/<name>.jsonl."
     from tqdm.auto import tqdm
-    dec = Decoder(model, draft, "bfloat16", context=context, device=device, attention=attention, steps=steps)
+    def decoder(folder): return Decoder(model, folder, "bfloat16", context=context, device=device, attention=attention, steps=steps)
+    dec, most = decoder(draft), len(EagleDraft.load(draft).hot_tokens)
+    cut = {most: dec} | {n: decoder(cut_draft(draft, n, Path(work)/f"{name}-{n}")) for n in vocabs if n < most}
     hf = load_target(model, torch.bfloat16).to(device) if baselines else None
     sizes = sorted({1, *sizes, *(s[2] + 1 for s in shapes)})
-    total = len(dev)*(1 + len(shapes)) + 2*len(judge) + 2*len(rows) + 2*sampled + 2*baselines
+    total = len(dev)*(1 + len(shapes) + len(cut)*(len(cut) > 1)) + 2*len(judge) + 2*len(rows) + 2*sampled + 2*baselines
     with tqdm(total=total, desc=f"speed, {name}", unit="run", mininterval=1) as bar:
         dec.generate(rows[0]["ids"], 8, tree=tuple(shapes[0])); times = forward_times(dec, sizes)
         tried, loop = choose_tree(dec, dev, shapes, dev_new, eos, bar.update)
-        shape = tuple(tried[0]["tree"]); judged = judge_tree(dec, judge, shape, judge_new, eos, seed, bar.update)
+        shape = tuple(tried[0]["tree"])
+        swept = sweep_vocabs(cut, dev, shape, dev_new, eos, loop, bar.update) if len(cut) > 1 else []
         play = contestants(dec, hf, shape, eos, temperature, seed)
         if hf is not None: [play[k](rows[0], 8) for k in ("transformers", "prompt_lookup")]      # warm
-        events = []
+        events, own, share = [], {None: [], shape: []}, len(judge)/len(rows)
         for i, row in enumerate(rows):
             names = ["plain", "eagle"] + ["transformers", "prompt_lookup"]*(i < baselines) + ["plain_t", "eagle_t"]*(i < sampled)
             for j in range(len(names)):
                 n = names[(i + j) % len(names)]
                 events += [e | dict(run=n) for e in play[n](row, new)]; bar.update()
+            for other in judge[round(i*share):round((i + 1)*share)]:
+                for s, ev in in_turn(dec, [other], [None, shape] if i % 2 else [shape, None], judge_new, eos, bar.update).items(): own[s] += ev
     write_jsonl(Path(work)/f"{name}.jsonl", [e | dict(target=name) for e in events])
-    after = forward_times(dec, sizes)                            # shows the machine's drift; the forecast stays the one made before the run
-    return dict(tried=tried, judged=judged, loop_ms=loop, forward_ms=times, forward_after=after, engine=dec.kind, threads=torch.get_num_threads())
+    after = forward_times(dec, sizes)                            # shows the machine's drift
+    return dict(tried=tried, vocabs=swept, judged=forecast(own[None], own[shape], shape, seed), loop_ms=loop, forward_ms=times, forward_after=after, engine=dec.kind, threads=torch.get_num_threads())
 
 # %% ../nbs/14_eagle_speedup.ipynb #343566a9
 def totals(events) -> dict:
@@ -206,10 +229,11 @@ def speed_metrics(T: dict, info: dict, target: str, prefix: str = "", seed: int 
     out[prefix + "tree"] = "x".join(map(str, best["tree"])) if best else None
     d, v, m = (out[prefix + k] for k in ("draft_ms", "verify_ms", "plain_ms_per_token"))
     out[prefix + "break_even_acceptance_length"] = finite(break_even(d, v, m)) if m else None
-    if not prefix:
-        put("speedup_vs_hf_generate", against(g("transformers"), e, seed)); put("speedup_vs_prompt_lookup", against(g("prompt_lookup"), e, seed))
-        put("speedup_t08", against(g("plain_t"), g("eagle_t"), seed)); put("acceptance_length_t08", per(g("eagle_t"), "emitted", "steps", seed))
-        put("hf_ms_per_token", per(g("transformers"), "ms", "tokens", seed))
+    s, f = out[prefix + "speedup"], out[prefix + "speedup_predicted"]
+    out[prefix + "prediction_error_pct"] = finite(100*(f/s - 1)) if s and f else None
+    put("speedup_vs_hf_generate", against(g("transformers"), e, seed)); put("speedup_vs_prompt_lookup", against(g("prompt_lookup"), e, seed))
+    put("speedup_t08", against(g("plain_t"), g("eagle_t"), seed)); put("acceptance_length_t08", per(g("eagle_t"), "emitted", "steps", seed))
+    put("hf_ms_per_token", per(g("transformers"), "ms", "tokens", seed))
     return out | {prefix + "prompts": len(e)}
 
 # %% ../nbs/14_eagle_speedup.ipynb #26c3c6d3
