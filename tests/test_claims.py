@@ -64,6 +64,14 @@ def test_intervals_decide_and_points_do_not():
     rule = "14_eagle_speedup/speedup above 1"
     assert [C.judge(rule, x) for x in (m(1.4, 1.2, 1.6), m(1.4, .9, 1.9), m(.8, .7, .9), m(1.4), m(None), {})] == [1, 0, -1, 0, None, None]
     with pytest.raises(ValueError): C.judge("speedup is nice", {})
+    for bad in (float("nan"), "1.4"):
+        with pytest.raises(core.UserError, match="not a number"): C.judge(rule, m(bad, 1.2, 1.6))
+
+def test_a_threshold_that_was_measured_has_noise_too():
+    two = lambda a, b: {"7": dict(zip(("a", "a_lo", "a_hi", "b", "b_lo", "b_hi"), (*a, *b)))}
+    wide, apart = two((60, 50, 70), (49, 39, 59)), two((60, 55, 65), (40, 35, 45))
+    assert [C.judge(f"7/a {w} 7/b", x) for x in (wide, apart) for w in ("above", "below")] == [0, 0, 1, -1]
+    assert C.judge("7/a above 1.5*7/b", apart) == 0 and C.judge("7/b below 7/a", apart) == 1 and C.judge("7/a above 7/b", {"7": wide["7"] | dict(b_lo=None, b_hi=None)}) == 1
 
 def test_verdicts_of_a_run():
     rows = by_id(C.ledger(RUN, "a model", decides=True))
@@ -230,3 +238,11 @@ def test_a_larger_model_costs_more():
     rows = C.plan_sizes()
     assert [r["size"] for r in rows] == ["0.6B", "1.7B", "4B", "8B", "14B", "32B"]
     for k in ("gpu_h", "usd", "disk_gb"): assert all(a[k] < b[k] for a, b in zip(rows, rows[1:])), k
+
+def test_a_folder_of_two_runs_says_so(tmp_path):
+    for s, key, up, cpu in (("06_midtraining", "b", {}, "A"), ("07_sft", "c", {"06_midtraining": "a"}, "<B>")):
+        (tmp_path/s).mkdir(); core.write_json(tmp_path/s/"metrics.json", {}); core.write_json(tmp_path/s/"stamp.json", dict(code_key=dict(key=key, upstream=up), environment=dict(cpu=cpu, cores=2, ram_gb=1, system="x", python="3", packages={}), seconds=1, peak_mb=1, seed=0, finished="now"))
+    page = C.report(tmp_path).read_text()
+    assert "07_sft was computed from another 06_midtraining than the one here." in page and "2 environments" in page and "<B>" not in page
+    core.write_json(tmp_path/"07_sft"/"stamp.json", core.read_json(tmp_path/"06_midtraining"/"stamp.json"))
+    page = C.report(tmp_path).read_text(); assert "another 06" not in page and "environments" not in page

@@ -32,6 +32,15 @@ def test_the_detectable_difference_is_detected_four_times_in_five():
     found = abs(x.mean(1)/(x.std(1, ddof=1)/10)) > 1.984                      # a t test of each simulated comparison
     assert .77 < found.mean() < .83
 
+def test_problems_that_all_differ_alike_leave_an_interval():
+    "Two problems, both right against both wrong: p is .5, so the interval must not exclude 0; forty of them settle it."
+    two, forty = ev.paired([1, 1], [0, 0]), ev.paired([0]*40, [1]*40)
+    assert two["lo"] < 0 < two["hi"] == 1 and two["mdd"] is None and two["p"] > .05
+    assert forty["lo"] == -1 and -1 < forty["hi"] < -.7 and forty["p"] < .001
+    for bad in ([], [.5, float("nan")]):
+        with pytest.raises(ValueError): ev.accuracy(bad)
+    with pytest.raises(ValueError, match="not a number"): ev.paired([1, float("nan")], [0, 0])
+
 def test_the_vote_of_a_problem():
     def rows(*answers): return [dict(problem_id="p", model="m", mode="direct", sample=i, response=t, verdict=v) for i, (t, v) in enumerate(answers)]
     good, half, bad, none = ("Ответ: 0,5", "correct"), ("Ответ: \\frac{1}{2}", "correct"), ("Ответ: 7", "wrong"), ("", "unparsed")
@@ -89,6 +98,7 @@ def test_weights_changed_under_the_same_path(tmp_path):
     assert ev.model_digest(str(tmp_path/"m")) != a
 
 def test_repeated_and_missing_ids_are_refused():
+    with pytest.raises(UserError, match="no problem"): ev.check_problems([])
     with pytest.raises(UserError, match="twice"): ev.check_problems(toy_problems(2)*2)
     with pytest.raises(UserError, match="without problem_id"): ev.check_problems([{"question": "?"}])
 

@@ -260,6 +260,17 @@ def test_lm_eval_is_asked_for_politely(tmp_path):
     except ImportError:
         with pytest.raises(UserError, match="eval"): B.lm_eval(["x"], str(tmp_path), "m")
 
+@pytest.mark.parametrize("gpu,device,dtype", [(True, "cuda", "auto"), (False, "cpu", "float32")])
+def test_lm_eval_goes_where_the_card_is(monkeypatch, tmp_path, gpu, device, dtype):
+    import sys, torch
+    from types import SimpleNamespace
+    seen = {}
+    def evaluate(**kw): seen.update(kw); return dict(samples=dict(x=[dict(metrics=["acc"], acc=1.), dict(metrics=["acc"], acc=0.)]))
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=evaluate)); monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=lambda **kw: None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert B.lm_eval(["x"], str(tmp_path), "models/nano")["x"]["acc"][0] == .5
+    assert (seen["device"], seen["model_args"]) == (device, dict(pretrained="models/nano", dtype=dtype))
+
 def test_lm_eval_by_likelihood_and_over_the_server(served, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1"); monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path/"cache"))

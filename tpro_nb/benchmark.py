@@ -125,7 +125,7 @@ def plot(tabs: dict[str, list[dict]], title: str):
     axes[0].set(xticks=range(len(names)), xticklabels=names, ylabel="speed-up, draft on over off")
     for m in sorted({r["mode"] for r in tabs["load"]}): bars(axes[1], lambda r: r["concurrency"], [r for r in tabs["load"] if r["mode"] == m], m)
     axes[1].set(xlabel="concurrent requests", xticks=sorted({r["concurrency"] for r in tabs["load"]}))
-    for ax in axes: ax.axhline(1, color="grey", lw=.7); ax.legend(fontsize=7)
+    for ax in axes: ax.axhline(1, color="grey", lw=.7); ax.legend(fontsize=7, loc="lower center", bbox_to_anchor=(.5, 1), ncols=3, frameon=False)
     fig.suptitle(title, fontsize=9); fig.tight_layout()
     return fig
 
@@ -149,6 +149,7 @@ def asked(path: str) -> dict[str, list[str]]:
     if not out: raise UserError(f"--questions {path} is empty")
     return out
 
+# %% ../nbs/13_benchmark.ipynb #d09813bd
 def main(argv: list[str] | None = None) -> int:
     "Entry point of `tpro-nb bench`."
     a = parser().parse_args(argv)

@@ -15,7 +15,7 @@ __all__ = ['Found', 'RECOMPUTE', 'LANGUAGES', 'SCORES', 'CLASS', 'SIZES', 'PLANN
            'plan_table', 'plan_sizes', 'plan_against_paper', 'plan_within', 'compute_against_roubles', 'plan_rows',
            'plan', 'plan_against_run', 'value_of', 'where', 'judge', 'claim_table', 'units', 'unit_of', 'figure',
            'with_interval', 'costs', 'verdict', 'ledger', 'counts', 'plain', 'captions', 'stage_view', 'key_numbers',
-           'summary', 'metrics_of', 'report', 'beside', 'unlike', 'compare', 'ledger_html']
+           'summary', 'mixed', 'metrics_of', 'report', 'beside', 'unlike', 'compare', 'ledger_html']
 
 # %% ../nbs/16_claims.ipynb #ba99a05b
 import base64, csv, functools, html, json, math, re, time
@@ -245,6 +245,7 @@ def table17_first() -> Found:
     rows = sorted((r for r in paper("paper_table17.csv") if r["kind"] == "model"), key=lambda r: -r["total"])
     return "; ".join(f"{r['model']} {r['total']:.2f}" for r in rows), rows[0]["model"].startswith("Qwen3-32B-RM")
 
+# %% ../nbs/16_claims.ipynb #abebdc08
 @recomputes
 def table17_totals() -> Found:
     cols = ("factuality", "focus", "math", "precise_if", "safety")
@@ -304,10 +305,12 @@ def most_of(table: str, rival: str) -> Found:
     return f"{len(w)} above ({', '.join(w)}), {len(l)} below ({', '.join(l)})", len(w) > len(l)
 
 # %% ../nbs/16_claims.ipynb #852a27ca
+@functools.cache
+def _benchmarks() -> list[dict]: return yaml.safe_load((_tables()/"benchmarks.yaml").read_text(encoding="utf-8"))["benchmarks"]
+
 def problems(table: str, column: str) -> int | None:
     "How many problems stand behind a column of a score table (benchmarks.yaml)."
-    rows = yaml.safe_load((_tables()/"benchmarks.yaml").read_text(encoding="utf-8"))["benchmarks"]
-    return next((r["rows"] for r in rows if r.get("paper") == dict(table=SCORES[table], column=column)), None)
+    return next((r["rows"] for r in _benchmarks() if r.get("paper") == dict(table=SCORES[table], column=column)), None)
 
 @recomputes
 def at_least(table: str, rival: str, *cols: str) -> Found:
@@ -570,14 +573,16 @@ def _one(condition: str, metrics: dict) -> int | None:
     if not m: raise ValueError(f"not a condition: {condition!r}")
     key, word, factor, right = m.groups()
     v, lo, hi = value_of(key, metrics)
-    r = value_of(right, metrics)[0] if "/" in right else float(right)
+    r, r_lo, r_hi = value_of(right, metrics) if "/" in right else (float(right), None, None)
     if v is None or r is None: return None
-    r *= float(factor or 1)
+    if bad := [x for x in (v, lo, hi, r, r_lo, r_hi) if x is not None and (not isinstance(x, (int, float)) or not math.isfinite(x))]: raise UserError(f"{condition}: a metric is {bad[0]!r}, not a number. Run the stage again.")
+    f = float(factor or 1); r *= f
     if word in ("reaches", "within"): return int(v >= r if word == "reaches" else v <= r)
     if word in FACTS: return 1 if FACTS[word](v, r) else -1
     if lo is None or hi is None: return 0
     up, down = (1, -1) if word == "above" else (-1, 1)
-    return up if lo > r else down if hi < r else 0
+    if r_lo is None or r_hi is None: return up if lo > r else down if hi < r else 0
+    return up if v - r > math.hypot(v - lo, f*r_hi - r) else down if r - v > math.hypot(hi - v, r - f*r_lo) else 0
 
 def judge(rule: str, metrics: dict[str, dict]) -> int | None:
     "A rule of several conditions: all must hold; one against is against; one missing is not measured."
@@ -729,6 +734,14 @@ def summary(claims: list[dict], metrics: dict[str, dict], model: str) -> list[st
         said.append(f"Greedy output with the draft equals plain decoding in {get('12_eagle_decoding', 'greedy_fp32_identical_pct'):g} % of the fp32 trials.")
     return said
 
+# %% ../nbs/16_claims.ipynb #a32d969f
+def mixed(stamps: dict[str, dict]) -> list[str]:
+    "What does not belong together in a run's folder, by its stages' stamps; empty where all fits."
+    keys = {s: t.get("code_key") or {} for s, t in stamps.items()}
+    said = [f"{s} was computed from another {u} than the one here." for s, k in keys.items() for u, key in (k.get("upstream") or {}).items() if keys.get(u, {}).get("key", key) != key]
+    where = Counter(", ".join(f"{k} {e[k]}" for k in ("cpu", "cores", "gpu", "python") if e.get(k)) for t in stamps.values() if (e := t.get("environment")))
+    return said + ([f"The stages ran in {len(where)} environments: {'; '.join(f'{n} in {w}' for w, n in where.most_common())}."] if len(where) > 1 else [])
+
 # %% ../nbs/16_claims.ipynb #a32d969d
 def metrics_of(run_dir: Path) -> dict[str, dict]:
     "metrics.json of every stage of a run folder that has one."
@@ -748,7 +761,7 @@ def report(run_dir: Path,             # a run's folder
     env = next((s["stamp"]["environment"] for s in stages if s["stamp"].get("environment")), None)
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string((_tables()/"report.html.j2").read_text(encoding="utf-8"))
     text = page.render(run=c["run"], model=c["model"], hardware=c["hardware"], decides=c["decides"], claims=c["claims"], n=counts(c["claims"]), verdicts=VERDICTS, summary=summary(c["claims"], metrics, c["model"]),
-                       areas=list(dict.fromkeys(r["area"] for r in c["claims"])), stages=stages, licences=licences, env=env, plan=paper_plan(), sizes=plan_sizes(),
+                       areas=list(dict.fromkeys(r["area"] for r in c["claims"])), stages=stages, mixed=mixed({s["stage"]: s["stamp"] for s in stages}), licences=licences, env=env, plan=paper_plan(), sizes=plan_sizes(),
                        with_interval=with_interval, figure=figure, made=time.strftime("%F %H:%M"))
     return atomic_write(to or run_dir/"report.html", text)
 
@@ -771,6 +784,7 @@ def unlike(x: dict, y: dict) -> str:
     said += [f"{k} {here.get(k, '–')} against {there.get(k, '–')}" for k in ("cpu", "cores", "gpu", "python") if here.get(k) != there.get(k)]
     return f"Not the same in both: {'; '.join(said)}." if said else ""
 
+# %% ../nbs/16_claims.ipynb #07e2e256
 def compare(a: Path, b: Path,        # two run folders
             to: Path | None = None,  # the page; by default outputs/compare_A_B.html in the checkout (else here)
            ) -> Path:

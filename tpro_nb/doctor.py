@@ -309,6 +309,7 @@ def examine(params: dict,                     # a profile's checked parameters b
     return dict(base=base, parameters=n, card_gb=card_gb, fits=fits, writes=writes, hours=hours, configs=configs, split=row_split(c, ts, configs, params), trl=trl, serving=serving, acc=acc, problems=problems, warnings=warnings, gpu=gpu,
                 disk_gb={t["stage"]: (3*12*(n if not t["rank"] else 0) + 2*n)/1e9 for t in ts})
 
+# %% ../nbs/91_doctor.ipynb #2a3d29fb
 def host_memory(n: int, ts: list[dict]) -> float:
     "GB that one machine's ranks hold before their models are sharded: fp32 weights in each, DPO's bf16 reference once, as mapped pages."
     return max((n*(t["nproc"]*4 + 2*t["reference"])*(not t["rank"])/1e9 for t in ts if t["nproc"] > 1), default=0)

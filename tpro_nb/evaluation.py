@@ -30,7 +30,7 @@ def accuracy(correct: list[float],  # a problem's share of correct samples
     "Mean over problems and its 95 % interval, problems resampled; exact binomial where all are 0 or all 1."
     from scipy.stats import binomtest
     x = np.asarray(correct, float)
-    if not len(x): return float("nan"), float("nan"), float("nan")
+    if not len(x) or not np.isfinite(x).all(): raise ValueError("accuracy needs problems, each with a share of correct samples")
     if len(x) > 1 and 0 < x.mean() < 1: return ratio_ci(x, seed=seed)
     ci = binomtest(int(round(x.sum())), len(x)).proportion_ci()
     return float(x.mean()), float(ci.low), float(ci.high)
@@ -41,10 +41,12 @@ def paired(a: list[float], b: list[float], seed: int = 0) -> dict:
     from scipy.stats import norm, permutation_test
     d = np.asarray(a, float) - np.asarray(b, float)
     if len(d) < 2: raise ValueError("paired needs at least two problems")
-    out = dict(diff=float(d.mean()), n=len(d), mdd=float((norm.ppf(.975) + norm.ppf(.8))*d.std(ddof=1)/np.sqrt(len(d))) if d.std() else None)
+    if not np.isfinite(d).all(): raise ValueError("paired: a share is missing or not a number")
+    out = dict(diff=float(d.mean()), n=len(d), mdd=float((norm.ppf(.975) + norm.ppf(.8))*d.std(ddof=1)/np.sqrt(len(d))) if np.ptp(d) else None)
     if not d.any(): return out | dict(lo=0.0, hi=0.0, p=1.0)     # no problem differed: nothing tells the noise
     test = permutation_test((d,), lambda x, axis=-1: x.mean(axis), permutation_type="samples", vectorized=True, n_resamples=4999, rng=np.random.default_rng(seed))
-    _, lo, hi = ratio_ci(d, seed=seed) if d.std() else (0, d[0], d[0])
+    if np.ptp(d): _, lo, hi = ratio_ci(d, seed=seed)
+    else: lo, hi = sorted((d[0], d[0]*(2*accuracy([1.]*len(d))[1] - 1)))      # all alike: the unseen ones at worst as far the other way
     return out | dict(lo=float(lo), hi=float(hi), p=float(test.pvalue))
 
 # %% ../nbs/10_evaluation.ipynb #49787305
@@ -60,6 +62,7 @@ def sample_key(model: str, problems: list[dict], mode: str, **settings) -> str:
 
 def check_problems(problems: list[dict]):
     "Missing or repeated ids would be averaged without a word, so they are refused."
+    if not problems: raise UserError("benchmark: there is no problem in it")
     ids = [p.get("problem_id") for p in problems]
     twice = [i for i, n in Counter(ids).items() if n > 1]
     if None in ids or twice: raise UserError(f"benchmark: {'a problem without problem_id' if None in ids else f'{twice[0]} occurs twice'}. Mend the file, then run again.")
@@ -126,6 +129,7 @@ def by_problem(rows: list[dict], **where) -> dict[str, float]:
         if all(r[k] == v for k, v in where.items()): sums[r["problem_id"]].append(r["verdict"] == "correct")
     return {p: float(np.mean(v)) for p, v in sums.items()}
 
+# %% ../nbs/10_evaluation.ipynb #c71c7dca
 def majority(rows: list[dict], **where) -> dict[str, float]:
     "1 or 0 by problem: is the answer that most samples give the right one? Ties go to the earlier sample; who gives no readable answer does not vote."
     votes, right = defaultdict(Counter), {}

@@ -23,6 +23,7 @@ def stretched(path: str, trained: int, factor: float = 1., kind: str = "yarn"):
     cfg.max_position_embeddings = max(cfg.max_position_embeddings, int(trained*factor))
     return AutoModelForCausalLM.from_pretrained(path, config=cfg, dtype="float32").eval(), AutoTokenizer.from_pretrained(path)
 
+# %% ../nbs/10_limits.ipynb #2813ec9f
 def position_bits(model, tok, texts: list[str],
                   trained: int,          # tokens of the training context
                   upto: int = 4,         # windows reach upto × trained

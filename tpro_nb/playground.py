@@ -74,7 +74,8 @@ def telemetry(rows: list[dict], meta: dict | None = None, tokens: int | None = N
     spec = [r for r in steps if len(r["tree"]["tokens"]) > 1]
     n = tokens or meta.get("completion_tokens") or (sum(len(r["pieces"]) for r in rows) if rows and rows[-1].get("drafted") is not None else None)
     first, last = (rows[0]["at_s"], rows[-1]["at_s"]) if rows else (None, None)
-    span, chars = (last - first if rows else 0), sum(len(p) for r in rows[1:] for p in r["pieces"])
+    clock = "made_s" if rows and all(r.get("made_s") is not None for r in rows) else "at_s"
+    span, chars = (rows[-1][clock] - rows[0][clock] if rows else 0), sum(len(p) for r in rows[1:] for p in r["pieces"])
     proposed = sum(len(r["tree"]["tokens"]) - 1 for r in spec)
     return dict(tokens=n, ttft_s=first or None, latency_s=seconds if seconds is not None else last, tokens_per_s=(n - len(rows[0]["pieces"]))/span if n and span > 0 else None,
                 chars_per_s=chars/span if span > 0 else None,
@@ -121,7 +122,7 @@ def ask(pane: Pane, patience: float = 15.0):
                 if c.usage: pane.tokens = c.usage.completion_tokens
                 if getattr(c, "meta_info", None): pane.meta = c.meta_info
                 step, text = getattr(c, "step", None), "".join(x.delta.content or "" for x in c.choices)
-                if step or text: pane.rows.append((step or dict(pieces=[text], drafted=None, tree=None)) | dict(at_s=time.monotonic() - start))
+                if step or text: pane.rows.append((step or dict(pieces=[text], drafted=None, tree=None)) | dict(at_s=time.monotonic() - start, made_s=(step or {}).get("at_s")))
         if pane.running: pane.status = "done"
     except openai.APIStatusError as e: pane.error = f"{e.status_code}: {(e.body or {}).get('message', e.message) if isinstance(e.body, dict) else e.message}"
     except openai.APITimeoutError: pane.error = f"no answer in time from {s['url']}"
@@ -131,6 +132,7 @@ def ask(pane: Pane, patience: float = 15.0):
     if pane.error and pane.running: pane.status = "error"
     pane.seconds = time.monotonic() - start
 
+# %% ../nbs/15_playground.ipynb #310f6277
 def ask_all(panes: list[Pane], turns: bool = False):
     "Start the panes' requests; `turns`: the second when the first has ended."
     def run(some):
@@ -182,6 +184,7 @@ class Playback(Pane):
     def stop(self):
         if self.running: self.seconds, self.status = (time.monotonic() - self.started)*self.speed, "stopped"
 
+# %% ../nbs/15_playground.ipynb #59ee976a
 def recordings(path) -> dict[str, dict[str, tuple[dict, list[dict]]]]:
     "Episodes of a replay file: name → side → (head, rows). `UserError` where the file is something else."
     out = {}
@@ -397,6 +400,7 @@ def live_controls(st, t: dict, cfg: dict, lang: str, blind: bool, turns: bool):
     if b.button(t["halt"], width="stretch", key="halt"):
         for p in ss.get("panes", []): p.stop()
 
+# %% ../nbs/15_playground.ipynb #86c6e38a
 def replay_controls(st, t: dict, cfg: dict):
     "Episode, speed, Play and Stop."
     ss = st.session_state

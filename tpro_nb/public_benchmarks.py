@@ -72,6 +72,7 @@ def options_of(b: Benchmark, row: dict, pid: str, fields: dict) -> tuple[list[st
 
 def _filled(v) -> bool: return bool(v) if isinstance(v, list) else v is not None and str(v).strip() != ""
 
+# %% ../nbs/10_public_benchmarks.ipynb #51fac55e
 def load_benchmark(b: Benchmark, path: str,             # .jsonl, .parquet or hub id
                    fields: dict | None = None,          # names that differ from the registry's
                    rows: int | None = None,             # expected rows; None: the registry's, 0: any
@@ -204,6 +205,7 @@ def last_words(response: str) -> str:
     text = after_think(response) or ""
     return (final_answer(text) or text).strip()
 
+# %% ../nbs/10_public_benchmarks.ipynb #6b7d7a9d
 def rescore(b: Benchmark, problems: list[dict], out: Path,
             k: int = 0,                     # first k samples of each problem; 0: all that there are
            ) -> tuple[dict, list[dict]]:    # one line of `evaluation.table`, and the scored rows
@@ -270,7 +272,10 @@ def lm_eval(tasks: list[str], folder: str,
     if "://" in model:
         url, _, name = model.partition(" ")
         who = dict(model="local-chat-completions", model_args=dict(base_url=url.rstrip("/") + "/chat/completions", model=name, tokenized_requests=False, tokenizer_backend=None, num_concurrent=1, max_retries=2), apply_chat_template=True)
-    else: who = dict(model="hf", model_args=dict(pretrained=model, dtype="float32"), device="cpu")
+    else:
+        import torch
+        gpu = torch.cuda.is_available()                 # there the model's own dtype; on a CPU half precision is slow
+        who = dict(model="hf", model_args=dict(pretrained=model, dtype="auto" if gpu else "float32"), device="cuda" if gpu else "cpu")
     got = simple_evaluate(tasks=tasks, task_manager=TaskManager(include_path=str(folder), include_defaults=False), bootstrap_iters=0, log_samples=True, **who, **limits)
     return {t: {m: accuracy([r[m] for r in rows]) for m in rows[0]["metrics"]} for t, rows in got["samples"].items()}
 
@@ -322,6 +327,7 @@ def read_judgement(raw: dict) -> str:
     if len(found) != 1 or not found <= VERDICTS.keys(): raise ValueError(f"no single verdict: {sorted(found)}")
     return found.pop()
 
+# %% ../nbs/10_public_benchmarks.ipynb #82ce26de
 def judge(problems: list[dict], out: Path, baseline: str, endpoint: str, max_tokens: int = 4096, **net) -> dict:
     "Judge a run's first samples against a baseline's file, both orders; raw judgements are kept in <out>/judge.jsonl. Returns `arena`'s figures."
     theirs, rows = baseline_answers(baseline, problems), whole_lines(Path(out)/"samples.jsonl")
@@ -369,7 +375,7 @@ def finish(a: argparse.Namespace, b: Benchmark, m: Model | None, problems: list[
     print(f"{b.id} {line['model']} {line['mode']}: avg@{line['k']} {line['avg_at_k']:.3f} [{line['avg_at_k_lo']:.3f}, {line['avg_at_k_hi']:.3f}], wrong {line['wrong_pct']:.0f} %, unparsed {line['unparsed_pct']:.0f} % (empty {line['empty_pct']:.0f} %), truncated {line['truncated_pct']:.0f} %; paper {paper_figure(b, m) if m else 'unknown'}, with settings it does not print")
     if a.against:
         d = against(b, problems, out, Path(a.against)); write_json(out/"against.json", d | dict(other=a.against))
-        print(f"against {a.against}: {d['diff']:+.1f} points [{d['lo']:+.1f}, {d['hi']:+.1f}], p = {d['p']:.3f}; {'the two agree on every problem' if d['mdd'] is None else 'detectable from {:.1f} points'.format(d['mdd'])}")
+        print(f"against {a.against}: {d['diff']:+.1f} points [{d['lo']:+.1f}, {d['hi']:+.1f}], p = {d['p']:.3f}; {'every problem differs by the same, so nothing tells the noise' if d['mdd'] is None else 'detectable from {:.1f} points'.format(d['mdd'])}")
 
 # %% ../nbs/10_public_benchmarks.ipynb #b10a0049
 def main(argv: list[str] | None = None) -> int:

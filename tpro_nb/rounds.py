@@ -64,12 +64,12 @@ def curve(looks: list[list[dict]], seed: int = 0) -> list[dict]:
 # %% ../nbs/09_rounds.ipynb #09b00011
 def plot_curve(axes, points: list[dict], title: str):
     "Proxy (left) and truth (right) by round, gains over round 0 with 95 % intervals by problem."
-    for ax, key, label in [(axes[0], "reward", "proxy: mean reward gained, nats"), (axes[1], "gain", "truth: right answers gained, points")]:
+    for ax, key, label in [(axes[0], "reward", "reward gained, nats"), (axes[1], "gain", "right answers gained, points")]:
         x, y = [p["round"] for p in points], [p[key] for p in points]
         lo, hi = ([p[key] if p[f"{key}_{e}"] is None else p[f"{key}_{e}"] for p in points] for e in ("lo", "hi"))
         ax.errorbar(x, y, [np.subtract(y, lo), np.subtract(hi, y)], fmt="o-", capsize=3)
-        ax.axhline(0, color="grey", lw=.7); ax.set(xlabel="round of DPO", ylabel=label, xticks=x)
-    axes[0].set_title(title, fontsize=9, loc="left")
+        ax.axhline(0, color="grey", lw=.7); ax.set(xlabel="round of DPO", ylabel=label, xticks=x, title="proxy" if key == "reward" else "truth")
+    axes[0].figure.suptitle(title, fontsize=9)
 
 # %% ../nbs/09_rounds.ipynb #09b00014
 def trainer_speed(model_dir: str, pairs_path: str, work: str, steps: int, batch: int, max_length: int, rank: int, turns: int = 3, seed: int = 0) -> dict:
