@@ -281,6 +281,7 @@ def test_sampling_is_exact_and_broken_verifiers_are_caught(tmp_path):
 def test_whole_decoder_samples_the_target(tmp_path):
     p = ed.chi2_decoder(tmp_path, 1500, 0, shapes=((2, 3, 6),))
     assert min(p.values()) > .01
+    for wrong in (ed.broken_sampled, ed.broken_top): assert max(ed.chi2_decoder(tmp_path, 1500, 0, shapes=((2, 3, 6),), verify=wrong).values()) < 1e-6
 
 def test_broken_greedy_never_passes(tmp_path):
     nano = ed.nano_identity(tmp_path, plants=4)
