@@ -392,19 +392,19 @@ static inline f16 madd(f16 acc, i16 w, const W *x){
 #define TILE(B, Q) static void tile_##B##_##Q(const W *x, const W *w, float *y, int n, int k, int add, int from, int to){ \
   f16 a[B][Q]; for(int b = 0; b < B; b++) for(int i = 0; i < Q; i++) a[b][i] = (f16){0}; \
   for(int j = 0; j < k; j += STEP){ i16 t[B]; for(int b = 0; b < B; b++) memcpy(&t[b], w + ((size_t)b*k + j)*16, 64); \
-    for(int b = from; b < to; b++) __builtin_prefetch(w + ((size_t)(B + b)*k + j)*16, 0, 2); \
+    for(int b = from; b < to; b++) __builtin_prefetch(w + ((size_t)(B + b)*k + j)*16, 0, 3); \
     for(int i = 0; i < Q; i++) for(int b = 0; b < B; b++) a[b][i] = madd(a[b][i], t[b], x + (size_t)i*k + j); } \
   for(int i = 0; i < Q; i++) for(int b = 0; b < B; b++){ f16 *p = (f16*)(y + (size_t)i*n + b*16); *p = add ? *p + a[b][i] : a[b][i]; } }
-#define TILES(B) TILE(B,1) TILE(B,2) TILE(B,3) TILE(B,4) TILE(B,5) TILE(B,6)
-#define NAMES(B) {0, tile_##B##_1, tile_##B##_2, tile_##B##_3, tile_##B##_4, tile_##B##_5, tile_##B##_6}
-TILES(4) TILES(2) TILES(1)
+#define SIX(B) TILE(B,1) TILE(B,2) TILE(B,3) TILE(B,4) TILE(B,5) TILE(B,6)
+SIX(4) SIX(1) TILE(1,7) TILE(1,8) TILE(1,9) TILE(1,10) TILE(1,11) TILE(1,12)
+#define NAMES(B) 0, tile_##B##_1, tile_##B##_2, tile_##B##_3, tile_##B##_4, tile_##B##_5, tile_##B##_6
 typedef void (*tile_fn)(const W*, const W*, float*, int, int, int, int, int);
-static const tile_fn tile[5][7] = {{0}, NAMES(1), NAMES(2), {0}, NAMES(4)};
+static const tile_fn four[] = {NAMES(4)}, one[] = {NAMES(1), tile_1_7, tile_1_8, tile_1_9, tile_1_10, tile_1_11, tile_1_12};
 static void product(const W *x, const W *w, float *y, int q, int n, int k, int add, int t, int T){   /* thread t of T: its share of the n outputs, in pairs of blocks */
-  int nb = n/16, half = (nb + 1)/2, lo = (long)half*t/T*2, hi = (long)half*(t + 1)/T*2, P = (q + 5)/6; if(hi > nb) hi = nb;
-  for(int b = lo, B; b < hi; b += B){ B = hi - b >= 4 ? 4 : hi - b >= 2 ? 2 : 1;
-    for(int p = 0; p < P; p++){ int r = q*p/P, m = q*(p + 1)/P - r, ahead = q > 4;
-      tile[B][m](x + (size_t)r*k, w + (size_t)b*k*16, y + (size_t)r*n + b*16, n, k, add, ahead*(B*p + P - 1)/P, ahead*(B*(p + 1) + P - 1)/P); } } }
+  int nb = n/16, half = (nb + 1)/2, lo = (long)half*t/T*2, hi = (long)half*(t + 1)/T*2, P = q > 12 ? (q + 5)/6 : 1; if(hi > nb) hi = nb;
+  for(int b = lo, B; b < hi; b += B){ B = q > 12 && hi - b >= 4 ? 4 : 1;
+    for(int p = 0; p < P; p++){ int r = q*p/P, m = q*(p + 1)/P - r;             /* each turn asks for its part of the next tile */
+      (B == 4 ? four : one)[m](x + (size_t)r*k, w + (size_t)b*k*16, y + (size_t)r*n + b*16, n, k, add, (B*p + P - 1)/P, (B*(p + 1) + P - 1)/P); } } }
 """
 
 # %% ../nbs/12_eagle_decoding.ipynb #e58eec41
