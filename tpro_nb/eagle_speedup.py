@@ -77,11 +77,12 @@ def choose_tree(dec: Decoder, dev: list[dict], shapes: list, new: int, eos, tick
 
 # %% ../nbs/14_eagle_speedup.ipynb #14a70002
 def forecast(plain: list[dict], ev: list[dict], shape, seed: int = 0) -> dict:
-    "Forecast for one tree from events of the plain loop and of the tree on development prompts; milliseconds are medians over steps, `predicted` has the interval of τ."
+    "Forecast for one tree from events of the plain loop and of the tree on development prompts; milliseconds are means over steps, `predicted` has the interval of τ."
     if not plain or not ev: return dict(tree=list(shape), prompts=0, predicted=None, predicted_lo=None, predicted_hi=None)
     pairs = defaultdict(lambda: np.zeros(2))
     for e in ev: pairs[e["request"]] += (len(e["accepted"]) + 1, 1)
-    t, ms = by_prompt(pairs, seed), dict(draft_ms=middle(ev, "draft_ms"), verify_ms=middle(ev, "verify_ms"), plain_ms=middle(plain, "verify_ms"))
+    mean = lambda events, key: float(np.mean([e[key] for e in events]))
+    t, ms = by_prompt(pairs, seed), dict(draft_ms=mean(ev, "draft_ms"), verify_ms=mean(ev, "verify_ms"), plain_ms=mean(plain, "verify_ms"))
     both = lambda key, v: {key + e: finite(x) for e, x in zip(("", "_lo", "_hi"), v)}
     return dict(tree=list(shape), prompts=len(pairs), **ms) | both("acceptance_length", t) | both("predicted", [speedup(x, **ms) for x in t])
 
