@@ -215,3 +215,12 @@ def test_two_runs_in_one_folder(chain, monkeypatch):
     for n in range(1, 6): (chain/f"kernel-ipc-{n}").write_text("another run's")
     run(chain, only="01")
     assert states(chain)["01_make"] == "current" and {p.read_text() for p in chain.glob("kernel-ipc*")} == {"another run's"}
+
+def test_energy_is_read_where_there_are_counters(tmp_path):
+    for name, joules in (("intel-rapl:0", 5), ("intel-rapl:1", 7), ("intel-rapl:0:0", 3)):      # the last is a part of the first
+        (tmp_path/name).mkdir(); (tmp_path/name/"energy_uj").write_text(f"{joules}000000\n"); (tmp_path/name/"max_energy_range_uj").write_text("100000000\n")
+    (tmp_path/"intel-rapl:2").mkdir()                                                          # not readable
+    before = P.energy_counters(tmp_path)
+    assert {k: v for k, v in before.items() if "rapl" in k} == {"intel-rapl:0": (5., 100.), "intel-rapl:1": (7., 100.)}
+    (tmp_path/"intel-rapl:0"/"energy_uj").write_text("9000000"); (tmp_path/"intel-rapl:1"/"energy_uj").write_text("2000000")
+    assert P.energy_used({k: v for k, v in before.items() if "rapl" in k}, P.energy_counters(tmp_path)) == 4 + 95 and P.energy_used({}, {}) is None

@@ -797,6 +797,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'tpro_nb.pipeline.code_digest': ('pipeline.html#code_digest', 'tpro_nb/pipeline.py'),
                                   'tpro_nb.pipeline.code_keys': ('pipeline.html#code_keys', 'tpro_nb/pipeline.py'),
                                   'tpro_nb.pipeline.digest': ('pipeline.html#digest', 'tpro_nb/pipeline.py'),
+                                  'tpro_nb.pipeline.energy_counters': ('pipeline.html#energy_counters', 'tpro_nb/pipeline.py'),
+                                  'tpro_nb.pipeline.energy_used': ('pipeline.html#energy_used', 'tpro_nb/pipeline.py'),
                                   'tpro_nb.pipeline.execute': ('pipeline.html#execute', 'tpro_nb/pipeline.py'),
                                   'tpro_nb.pipeline.export_all': ('pipeline.html#export_all', 'tpro_nb/pipeline.py'),
                                   'tpro_nb.pipeline.forward': ('pipeline.html#forward', 'tpro_nb/pipeline.py'),

@@ -5,9 +5,9 @@ __all__ = ['TYPES', 'SCRATCH', 'test', 'PUBLISHED', 'LIMIT_KB', 'FORWARDED', 'co
            'stage_names', 'check_params', 'load_params', 'digest', 'code_digest', 'without_comments', 'modules_used',
            'result_hash', 'code_keys', 'why_differs', 'list_outputs', 'artefact_hash', 'Status', 'stage_status',
            'status', 'reference_status', 'run_lock', 'hms', 'export_all', 'execute', 'row_licences', 'model_card',
-           'write_cards', 'run_stage', 'git_version', 'choose', 'run', 'key_at_start', 'licences_above', 'publish',
-           'seeds', 'parser', 'checkout', 'cmd_run', 'cmd_status', 'cmd_publish', 'cmd_seeds', 'run_folder',
-           'cmd_report', 'cmd_plan', 'cmd_certify', 'cmd_doctor', 'forward', 'main']
+           'write_cards', 'energy_counters', 'energy_used', 'run_stage', 'git_version', 'choose', 'run', 'key_at_start',
+           'licences_above', 'publish', 'seeds', 'parser', 'checkout', 'cmd_run', 'cmd_status', 'cmd_publish',
+           'cmd_seeds', 'run_folder', 'cmd_report', 'cmd_plan', 'cmd_certify', 'cmd_doctor', 'forward', 'main']
 
 # %% ../nbs/90_pipeline.ipynb #e4d916a5
 import argparse, ast, difflib, hashlib, importlib, json, os, re, shutil, subprocess, sys, tempfile, time
@@ -294,13 +294,32 @@ def write_cards(out: Path, stage: str, params: dict, inputs: list[str], licences
     folders = [c.parent for c in sorted(out.rglob("config.json")) if "work" not in c.relative_to(out).parts and any(c.parent.glob("*.safetensors"))]
     return [atomic_write(f/"README.md", model_card(stage, str(f.relative_to(out)), params, m, licences, rows)) for f in folders if not (f/"README.md").exists()]
 
+# %% ../nbs/90_pipeline.ipynb #e4e26002
+def energy_counters(powercap: Path = Path("/sys/class/powercap")) -> dict[str, tuple[float, float]]:
+    "J counted so far by each processor package (RAPL) and NVIDIA card (NVML) that lets itself be read, and where its counter starts again."
+    out = {}
+    for p in sorted(powercap.glob("intel-rapl:?")):            # AMD's packages carry this name too
+        try: out[p.name] = tuple(int((p/f).read_text())/1e6 for f in ("energy_uj", "max_energy_range_uj"))
+        except (OSError, ValueError): pass
+    try:
+        import pynvml
+        pynvml.nvmlInit()
+        for i in range(pynvml.nvmlDeviceGetCount()): out[f"gpu{i}"] = (pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(i))/1e3, 0.)
+    except Exception: pass                                     # no package, no driver, or a card without the counter
+    return out
+
+def energy_used(before: dict, after: dict) -> float | None:
+    "J between two readings, a counter that started again counted once round; None where nothing was read."
+    both = [(a, before[k][0], top) for k, (a, top) in after.items() if k in before]
+    return round(sum(a - b + (top if a < b else 0) for a, b, top in both), 1) if both else None
+
 # %% ../nbs/90_pipeline.ipynb #aa38979b
 def run_stage(root: Path, stage: str, params: dict, keys: dict, inputs: dict, label: str, inherited: dict | None = None) -> dict:
     "Execute one stage and stamp it; `inherited`: licences of the stages above. The old stamp goes first, the new one comes last."
     out = root/params["run_dir"]/stage
     out.mkdir(parents=True, exist_ok=True)
     for f in ("stamp.json", "failed.json", "metrics.json"): (out/f).unlink(missing_ok=True)
-    started = time.time()
+    started, energy = time.time(), energy_counters()
     try: execute(root, stage, params, out, label)
     except (UserError, RuntimeError) as e:
         write_json(out/"failed.json", dict(error=str(e), at=time.strftime("%F %T")))
@@ -309,7 +328,7 @@ def run_stage(root: Path, stage: str, params: dict, keys: dict, inputs: dict, la
     m = read_json(out/"metrics.json")
     licences = read_json(out/"licences.json") if (out/"licences.json").exists() else {}
     write_cards(out, stage, params, list(inputs), (inherited or {}) | licences)
-    stamp = dict(stage=stage, code_key=keys, inputs=inputs, outputs=list_outputs(out), seconds=round(time.time() - started, 1), peak_mb=m["peak_mb"],
+    stamp = dict(stage=stage, code_key=keys, inputs=inputs, outputs=list_outputs(out), seconds=round(time.time() - started, 1), peak_mb=m["peak_mb"], energy_j=energy_used(energy, energy_counters()),
                  seed=params["seed"], licences=licences, code_version=git_version(root), environment=environment(), finished=time.strftime("%F %T"))
     write_json(out/"stamp.json", stamp)
     return stamp
