@@ -70,6 +70,15 @@ def test_two_processes_share_one_download(toy_asset, cache, monkeypatch):
     with mp.get_context("fork").Pool(4) as pool: got = pool.map(A.fetch, ["toy"]*4)
     assert len(set(got)) == 1 and not [p for p in (cache/"assets").iterdir() if p.name.startswith(".")]
 
+def test_first_parse_downloads_inside_its_own_lock(cache, monkeypatch):
+    from filelock import FileLock
+    def member(name, pattern):
+        with FileLock(A.cache_dir()/f".{name}.lock", timeout=1): return "db"       # as `fetch` does where the asset is not there yet
+    monkeypatch.setattr(A, "member", member); monkeypatch.setattr(A, "_parse_wiktionary", lambda db: [dict(word="дуб")])
+    A.wiktionary_entries.cache_clear()
+    try: assert A.wiktionary_entries() == [dict(word="дуб")]
+    finally: A.wiktionary_entries.cache_clear()
+
 def test_unknown_asset():
     with pytest.raises(UserError, match="wiktionary"): A.fetch("wiktionari")
 

@@ -82,6 +82,16 @@ def test_generate_batches_like_singles_and_samples_reproducibly():
     assert draws == generate(model, tok, asked, False, 8, temperature=1., n=3, seed=5) != generate(model, tok, asked, False, 8, temperature=1., n=3, seed=6)
     assert [len(r) for r in draws] == [3]*3 and all(len(a["ids"]) <= 8 and (a["finished"] or len(a["ids"]) == 8) for r in draws for a in r)
 
+def test_sampled_tokens_follow_the_softmax():
+    from scipy.stats import chisquare
+    from tpro_nb.midtraining import prompt_ids
+    model, tok = load_model(toy("07_sft/model"), torch.float32)
+    with torch.no_grad(): p = (model(torch.tensor([prompt_ids(tok, [dict(role="user", content="Где?")], False)])).logits[0, -1]/.3).softmax(-1).double().numpy()
+    seen = torch.tensor([a["ids"][0] for a in generate(model, tok, ["Где?"], False, 1, temperature=.3, n=4000, seed=1, batch_size=500)[0]]).bincount(minlength=len(p)).numpy()
+    big = p*4000 >= 5
+    fold = lambda x: [*x[big], x[~big].sum()]
+    assert big.sum() > 3 and chisquare(fold(seen), fold(p/p.sum()*4000)).pvalue > .01
+
 def test_leaks():
     assert not leaks("<think>\nраз\n</think>\n\nОтвет: 1", True) and not leaks("Ответ: 1", False)
     assert leaks("Ответ: 1", True) and leaks("Ответ </think>", False)

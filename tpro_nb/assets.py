@@ -313,7 +313,7 @@ def wiktionary_entries() -> list[dict]:
     "Entries {word, glosses, quotations, synonyms} of the Russian Wiktionary, sorted by word; parsed once, then read from the cache."
     from filelock import FileLock
     path = cache_dir()/"wiktionary-v1.jsonl"
-    with FileLock(cache_dir()/".wiktionary.lock"):
+    with FileLock(cache_dir()/f".{path.stem}.lock"):          # not the lock of the download, which is taken inside
         if not path.exists(): write_jsonl(path, _parse_wiktionary(member("wiktionary", "*.db")))
     return read_jsonl(path)
 

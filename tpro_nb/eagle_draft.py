@@ -24,6 +24,7 @@ import torch.utils.checkpoint
 from safetensors.torch import load_file, save_file
 from safetensors import safe_open
 from .core import Run, UserError, atomic_write, launch, ratio_ci, read_json, read_jsonl, seed_everything, toy, write_json, write_jsonl
+from .sft import draw_tokens
 
 # %% ../nbs/11_eagle_draft.ipynb #dd472ced
 class DraftKV:
@@ -379,9 +380,7 @@ def generate_batch(model, prompts: list[list[int]], temps: list[float], stop: se
     for n in range(max_new):
         logits = (last[:, -bt.head.shape[1]:] @ bt.head.T).float()
         new, warm = logits.argmax(-1), temp[:, 0] > 0
-        if warm.any():                                                                # by the distribution function: multinomial would draw a number for every token of the vocabulary
-            below = (logits[warm]/temp[warm]).softmax(-1).cumsum(-1)
-            new[warm] = torch.searchsorted(below, torch.rand(len(below), 1, generator=g, device=dev)*below[:, -1:], right=True)[:, 0].clamp(max=below.shape[1] - 1)
+        if warm.any(): new[warm] = draw_tokens(logits[warm]/temp[warm], g)[:, 0]
         for r, t in zip(alive, new.tolist()):
             if r not in done:
                 rows[r]["ids"].append(t)
