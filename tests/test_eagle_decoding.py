@@ -58,7 +58,7 @@ def test_greedy_identity(work, name, engine):
     for i, p in enumerate(prompts(dec.vocab)):
         ref = hf.generate(torch.tensor([p]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(p):].tolist()
         assert dec.generate(p, 20) == ref
-        for shape in [(1, 1, 1), (4, 1, 4), (2, 5, 3), (3, 4, 12), (5, 8, 31)]: assert dec.generate(p, 20, tree=shape) == ref, shape
+        for shape in [(1, 1, 1), (4, 1, 4), (2, 5, 3), (3, 4, 12), (5, 8, 31), ed.STATIC]: assert dec.generate(p, 20, tree=shape) == ref, shape
         events = []
         for s in range(3): assert dec.generate(p, 20, tree=(9, 9, 24), propose=ed.planted(ref, dec.vocab, 10*i + s, 16), events=events) == ref
         assert max(len(e["accepted"]) for e in events) >= 2, "the planted trees never had two tokens accepted: the test tests nothing"
@@ -270,6 +270,23 @@ def test_dynamic_tree_is_the_best_connected_one():
         np.testing.assert_allclose(kept, everything[:len(kept)], rtol=1e-6)
         assert all(t.confidence[i] <= t.confidence[p] + 1e-9 for i, p in enumerate(t.parents) if i)
 
+def test_a_static_tree_has_its_form_at_every_step_and_the_drafts_best_tokens_in_it(work):
+    "Where the forms agree, a static tree is the dynamic one: a chain, and all children of the root."
+    dec, p = ed.Decoder(work/"llama", work/"llama_draft", "float32", context=128), prompts(101)[1]
+    events = []; dec.generate(p, 16, tree=ed.STATIC, events=events)
+    ranks = {path: i + 1 for i, path in enumerate(sorted(ed.STATIC, key=lambda q: (len(q), q)))}
+    want = sorted(len(q) for q in ranks)
+    assert len(events) > 2 and all(sorted(len(ed.Tree(**e["tree"]).path(i)) - 1 for i in range(1, 12)) == want for e in events)
+    for static, dynamic in [(((0,), (0, 0), (0, 0, 0)), (3, 1, 3)), (((0,), (1,), (2,)), (1, 3, 3))]:
+        both = [[], []]
+        for log, shape in zip(both, (static, dynamic)): dec.generate(p, 12, tree=shape, events=log)
+        assert [e["tree"] for e in both[0]] == [e["tree"] for e in both[1]]
+
+@pytest.mark.parametrize("tree, says", [(((0,), (1, 0)), "parent of each"), (((0,), (0,)), "every node once"), (((0,), ()), "every node once"), (((0,), (-1,)), "ranks must lie"),
+                                        (((0,), (10**6,)), "ranks must lie")])
+def test_what_is_no_static_tree_is_refused(work, tree, says):
+    with pytest.raises(UserError, match=says): ed.Decoder(work/"llama", work/"llama_draft", "float32", context=64).generate([1, 2, 3], 4, tree=tree)
+
 def test_sampling_is_exact_and_broken_verifiers_are_caught(tmp_path):
     tiny = ed.tiny_target(tmp_path/"tiny")
     good = ed.chi2_tests(tiny, 20000, 0)
@@ -279,7 +296,7 @@ def test_sampling_is_exact_and_broken_verifiers_are_caught(tmp_path):
     assert min(bad.values())*len(bad) < 1e-6
 
 def test_whole_decoder_samples_the_target(tmp_path):
-    p = ed.chi2_decoder(tmp_path, 1500, 0, shapes=((2, 3, 6),))
+    p = ed.chi2_decoder(tmp_path, 1500, 0, shapes=((2, 3, 6), ((0,), (1,), (0, 0))))
     assert min(p.values()) > .01
     for wrong in (ed.broken_sampled, ed.broken_top): assert max(ed.chi2_decoder(tmp_path, 1500, 0, shapes=((2, 3, 6),), verify=wrong).values()) < 1e-6
 
