@@ -62,7 +62,7 @@ def measured(tmp_path_factory):
     toy_model(d/"model"); echo_draft(d/"draft", d/"model", [i for i in range(510) if i not in (300, 301)])
     rows = [dict(r, prompt=r["prompt"]) for r in ed.PROOF_PROMPTS]
     rows = [r | dict(ids=r["ids"] + [300 + i]) for i, r in enumerate(es.prepared(d/"model", rows, 4))]     # the toy repeats its last token; two of the four are not hot
-    info = es.measure(str(d/"model"), str(d/"draft"), rows, rows[:1], rows[1:3], [[1, 1, 1], [2, 2, 4]], 10, 6, 8, es.end_ids(d/"model"), [1, 3], 2, 2, .8, 400, "cpu", "base", str(d), 0, vocabs=[40, 5000])
+    info = es.measure(str(d/"model"), str(d/"draft"), rows, rows[:1], rows[1:3], [[1, 1, 1], [2, 2, 4]], 10, 6, 8, es.end_ids(d/"model"), [1, 3], 2, 2, .8, 400, "cpu", "base", str(d), 0, vocabs=[40, 5000], temperatures=[0.0, 1.0])
     torch.set_num_threads(n)
     return info, read_jsonl(d/"base.jsonl"), rows, d
 
@@ -104,6 +104,34 @@ def test_same_text_and_known_keys(measured):
     es.write_csv(d/"speed.csv", es.groups(T))
     got = list(csv.DictReader(open(d/"speed.csv", newline="", encoding="utf-8")))
     assert len(got) == len({(r["domain"], r["mode"]) for r in rows}) and all(float(r["speedup"]) > 0 for r in got)
+
+def test_sweeps_of_the_chosen_tree(measured):
+    info = measured[0]
+    greedy = info["tried"][0]["acceptance_length"]
+    by = {r["temperature"]: r for r in info["temperatures"]}
+    assert set(by) == {0.0, 1.0} and by[0.0]["acceptance_length"] == pytest.approx(greedy) and by[0.0]["speedup"] > 0 and 1 <= info["static"] <= 5
+    _, _, rows, d = measured
+    cold, hot = es.sweep_temperatures(ed.Decoder(d/"model", d/"draft", context=400), rows, (2, 2, 4), 10, [], [0.0, 5.0], 0)
+    assert cold["acceptance_length"] > hot["acceptance_length"] >= 1, "the echo is right only where the target is greedy"
+
+def test_the_parts_of_a_pass_add_up(measured):
+    info = measured[0]
+    if info["engine"] != "c": pytest.skip("no compiler")
+    hf, one, tree = info["profile"]
+    assert [p["name"] for p in (hf, one, tree)] == ["transformers, 1 row", "our kernels, 1 row", f"our kernels, {info['judged']['tree'][2] + 1} rows"]
+    assert all(min(p["products"], p["attention"], p["head"]) > 0 for p in (one, tree)) and all(p["rest"] >= 0 for p in (hf, one, tree))
+    assert sum(v for k, v in hf.items() if k != "name") > sum(v for k, v in one.items() if k != "name")
+
+def test_scores_with_and_without_the_draft_are_compared_answer_by_answer(measured, monkeypatch):
+    d = measured[3]
+    problems = [dict(question=f"Сколько будет 2 + {i}?", verifiable_answer="5") for i in range(2)]
+    got = es.invariance(str(d/"model"), str(d/"draft"), problems, [2, 2, 4], 10)
+    assert (got["diff"], got["same"], got["answers"]) == (0.0, 100.0, 4)
+    verify = ed.verify_greedy
+    monkeypatch.setattr(ed, "verify_greedy", lambda t, b: ([], (b[0] + 1) % 500) if len(t) > 1 else verify(t, b))
+    monkeypatch.setattr(es, "grade_many", lambda pairs: ["correct" if i % 2 else "wrong" for i, _ in enumerate(pairs)])
+    wrong = es.invariance(str(d/"model"), str(d/"draft"), problems, [2, 2, 4], 10)
+    assert wrong["same"] < 100 and wrong["correct"] == 50
 
 def test_forecast_is_measured_on_prompts_that_did_not_choose(measured):
     info, events, rows, _ = measured

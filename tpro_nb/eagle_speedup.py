@@ -3,19 +3,21 @@
 # %% auto #0
 __all__ = ['PAPER_20', 'PAPER_21', 'PAPER_SPEEDUP', 'PAPER_BREAK_EVEN', 'speedup', 'break_even', 'forward_times', 'tau',
            'in_turn', 'middle', 'loop_times', 'choose_tree', 'forecast', 'more_prompts', 'cut_draft', 'sweep_vocabs',
-           'Clock', 'hf_events', 'meta', 'contestants', 'measure', 'totals', 'by_prompt', 'against', 'per', 'finite',
-           'speed_metrics', 'groups', 'write_csv', 'plot_domains', 'plot_scatter', 'acceptance_by_depth',
-           'plot_acceptance', 'plot_cost', 'prepared', 'end_ids']
+           'sweep_temperatures', 'Clock', 'hf_events', 'meta', 'hf_pass', 'where_time_goes', 'invariance',
+           'contestants', 'measure', 'totals', 'by_prompt', 'against', 'per', 'finite', 'speed_metrics', 'groups',
+           'write_csv', 'plot_domains', 'plot_scatter', 'acceptance_by_depth', 'plot_acceptance', 'plot_cost',
+           'prepared', 'end_ids']
 
 # %% ../nbs/14_eagle_speedup.ipynb #7d5fa0e1
-import csv, hashlib, io, json, os, random, time
+import csv, ctypes, hashlib, io, json, os, random, time
 from collections import defaultdict
 from pathlib import Path
 import numpy as np
 import torch
 from .core import Run, UserError, atomic_write, environment, launch, ratio_ci, read_json, read_jsonl, toy, write_json, write_jsonl
-from .eagle_decoding import Decoder, causal, load_target, spread, PROOF_PROMPTS, torch_options
+from .eagle_decoding import Decoder, causal, load_target, spread, PROOF_PROMPTS, STATIC, torch_options
 from .eagle_draft import EagleDraft, PASSAGE, TEMPLATES, TOPICS, fill, general_prompts, random_draft, render, stop_ids
+from .tmath import grade_many
 
 # %% ../nbs/14_eagle_speedup.ipynb #fdbe7f46
 def speedup(tau: float, draft_ms: float, verify_ms: float, plain_ms: float) -> float: return tau*plain_ms/(draft_ms + verify_ms)
@@ -43,13 +45,13 @@ def forward_times(dec: Decoder, sizes: list[int], rounds: int = 9, past: int = 1
 # %% ../nbs/14_eagle_speedup.ipynb #0e0ba68d
 def tau(events) -> float: return sum(len(e["accepted"]) + 1 for e in events)/len(events)
 
-def in_turn(dec: Decoder, rows: list[dict], shapes: list, new: int, eos, tick=None) -> dict:
+def in_turn(dec: Decoder, rows: list[dict], shapes: list, new: int, eos, tick=None, **how) -> dict:
     "shape (None: plain) → events of decoding the rows; the order rotates from row to row."
     shapes = [s and tuple(s) for s in shapes]; log = {s: [] for s in shapes}
     for i, row in enumerate(rows):
         for j in range(len(shapes)):
             s = shapes[(i + j) % len(shapes)]
-            dec.generate(row["ids"], new, tree=s, eos=eos, events=log[s], meta=meta(row))
+            dec.generate(row["ids"], new, tree=s, eos=eos, events=log[s], meta=meta(row), **how)
             if tick: tick()
     return log
 
@@ -117,6 +119,14 @@ def sweep_vocabs(decoders: dict[int, Decoder], rows: list[dict], shape, new: int
     rows = [dict(tokens=n, acceptance_length=tau(ev), draft_ms=middle(ev, "draft_ms"), verify_ms=price(ev)) for n, ev in log.items() if ev]
     return [r | dict(value=speedup(r["acceptance_length"], r["draft_ms"], r["verify_ms"], times[min(times)])) for r in rows]
 
+def sweep_temperatures(dec: Decoder, rows: list[dict], shape, new: int, eos, temperatures: list[float], seed: int, tick=None) -> list[dict]:
+    "τ and the measured ratio of ms a token, plain over tree, at each temperature; both in turn on development prompts."
+    out, spent = [], lambda ev: sum((e["draft_ms"] or 0) + e["verify_ms"] for e in ev)/max(1, sum(e["emitted"] for e in ev))
+    for t in temperatures:
+        log = in_turn(dec, rows, [None, shape], new, eos, tick, temperature=t, seed=seed)
+        if all(log.values()): out.append(dict(temperature=t, acceptance_length=tau(log[tuple(shape)]), speedup=spent(log[None])/spent(log[tuple(shape)])))
+    return out
+
 # %% ../nbs/14_eagle_speedup.ipynb #7fbe733d
 class Clock:
     "A stopping criterion that only looks at the clock."
@@ -138,6 +148,52 @@ def hf_events(model, row: dict, new: int, eos, source: str, **kw) -> list[dict]:
 
 def meta(row, temperature=0.0): return {k: row[k] for k in ("request", "domain", "mode", "lang")} | dict(temperature=temperature)
 
+# %% ../nbs/14_eagle_speedup.ipynb #f641cf81
+@torch.no_grad()
+def hf_pass(hf, past: int, rounds: int) -> dict:
+    "Median ms of one decoding step of transformers by part."
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import DynamicCache
+    cache, head, wall, one = DynamicCache(config=hf.config), [], [], torch.ones(1, 1, dtype=torch.long)
+    hf(torch.ones(1, past, dtype=torch.long), past_key_values=cache, use_cache=True)
+    def step():
+        h = hf.model(one, past_key_values=cache, use_cache=True).last_hidden_state; a = time.perf_counter()
+        hf.lm_head(h).argmax(-1); head.append((time.perf_counter() - a)*1e3); cache.crop(-1)
+    for _ in range(rounds): a = time.perf_counter(); step(); wall.append((time.perf_counter() - a)*1e3)
+    wall, last = float(np.median(wall)), float(np.median(head))
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        for _ in range(rounds): step()
+    spent = lambda *names: sum(e.self_cpu_time_total for e in seen.key_averages() if any(n in e.key for n in names))/rounds/1e3
+    products, attention = spent("mm", "linear") - last, spent("scaled_dot_product", "flash_attention", "softmax")
+    return dict(products=products, attention=attention, head=last, rest=wall - products - attention - last)
+
+# %% ../nbs/14_eagle_speedup.ipynb #f641cf82
+def where_time_goes(dec: Decoder, hf, rows: int, rounds: int = 15, past: int = 150) -> list[dict]:
+    "Ms of a target pass by part, after `past` tokens: transformers with one row, our kernels with one row and with `rows`."
+    ticks, out = (ctypes.c_double*4)(), [dict(name="transformers, 1 row") | hf_pass(hf, past, rounds)]
+    dec.target.m.ticks = ctypes.addressof(ticks)
+    try:
+        for q in (1, rows):
+            forward_times(dec, [q], 3, past); ticks[:] = [0]*4
+            wall = forward_times(dec, [q], rounds, past)[q]
+            products, attention, head = (1e3*t/(rounds + 1) for t in ticks[1:])
+            out.append(dict(name=f"our kernels, {q} row{'s'*(q > 1)}", products=products, attention=attention, head=head, rest=max(0., wall - products - attention - head)))
+    finally: dec.target.m.ticks = None
+    return out
+
+# %% ../nbs/14_eagle_speedup.ipynb #f641cf84
+def invariance(model: str, draft: str, problems: list[dict], shape, new: int) -> dict:
+    "Points of accuracy with the draft minus without, and the share of equal answers, %; fp32, greedy, both modes of every problem."
+    from transformers import AutoTokenizer
+    tok, eos, texts = AutoTokenizer.from_pretrained(model), end_ids(model), {None: [], tuple(shape): []}
+    asked = [(p, render(tok, p["question"], mode)) for p in problems for mode in ("think", "direct")]
+    dec = Decoder(model, draft, "float32", context=max(len(ids) for _, ids in asked) + new + 64)
+    for _, ids in asked:
+        for s, out in texts.items(): out.append(dec.generate(ids, new, tree=s, eos=eos))
+    grade = lambda outs: grade_many([(tok.decode(o, skip_special_tokens=True), p["verifiable_answer"], o[-1] in eos) for (p, _), o in zip(asked, outs)])
+    plain, tree = (100*np.mean([v == "correct" for v in grade(o)]) for o in texts.values())
+    return dict(diff=float(tree - plain), same=100*float(np.mean([a == b for a, b in zip(*texts.values())])), correct=float(plain), answers=len(asked))
+
 # %% ../nbs/14_eagle_speedup.ipynb #e1d94b61
 def contestants(dec: Decoder, hf, shape, eos, temperature: float, seed: int) -> dict:
     "name -> (row, new tokens) -> events."
@@ -156,7 +212,7 @@ def contestants(dec: Decoder, hf, shape, eos, temperature: float, seed: int) -> 
 # %% ../nbs/14_eagle_speedup.ipynb #7e66d2d9
 def measure(model: str, draft: str, rows: list[dict], dev: list[dict], judge: list[dict], shapes: list, new: int, dev_new: int, judge_new: int, eos: list[int], sizes: list[int],
             baselines: int, sampled: int, temperature: float, context: int, device: str, name: str, work: str, seed: int = 0,
-            attention: str = "mask", steps: str = "free", vocabs: list[int] = ()) -> dict:
+            attention: str = "mask", steps: str = "free", vocabs: list[int] = (), temperatures: list[float] = ()) -> dict:
     "Choose the tree on `dev`, then measure on `rows` with `judge`'s prompts for the forecast in between; events go to work/<name>.jsonl."
     from tqdm.auto import tqdm
     def decoder(folder): return Decoder(model, folder, "bfloat16", context=context, device=device, attention=attention, steps=steps)
@@ -164,12 +220,14 @@ def measure(model: str, draft: str, rows: list[dict], dev: list[dict], judge: li
     cut = {most: dec} | {n: decoder(cut_draft(draft, n, Path(work)/f"{name}-{n}")) for n in vocabs if n < most}
     hf = load_target(model, torch.bfloat16).to(device) if baselines else None
     sizes = sorted({1, *sizes, *(s[2] + 1 for s in shapes)})
-    total = len(dev)*(1 + len(shapes) + len(cut)*(len(cut) > 1)) + 2*len(judge) + 2*len(rows) + 2*sampled + 2*baselines
+    total = len(dev)*(2 + len(shapes) + len(cut)*(len(cut) > 1) + 2*len(temperatures)) + 2*len(judge) + 2*len(rows) + 2*sampled + 2*baselines
     with tqdm(total=total, desc=f"speed, {name}", unit="run", mininterval=1) as bar:
         dec.generate(rows[0]["ids"], 8, tree=tuple(shapes[0])); times = forward_times(dec, sizes)
         tried, loop = choose_tree(dec, dev, shapes, dev_new, eos, bar.update)
         shape = tuple(tried[0]["tree"])
         swept = sweep_vocabs(cut, dev, shape, dev_new, eos, loop, bar.update) if len(cut) > 1 else []
+        fixed = in_turn(dec, dev, [STATIC], dev_new, eos, bar.update)[STATIC]
+        warm = sweep_temperatures(dec, dev, shape, dev_new, eos, temperatures, seed, bar.update)
         play = contestants(dec, hf, shape, eos, temperature, seed)
         if hf is not None: [play[k](rows[0], 8) for k in ("transformers", "prompt_lookup")]      # warm
         events, own, share = [], {None: [], shape: []}, len(judge)/len(rows)
@@ -182,7 +240,7 @@ def measure(model: str, draft: str, rows: list[dict], dev: list[dict], judge: li
                 for s, ev in in_turn(dec, [other], [None, shape] if i % 2 else [shape, None], judge_new, eos, bar.update).items(): own[s] += ev
     write_jsonl(Path(work)/f"{name}.jsonl", [e | dict(target=name) for e in events])
     after = forward_times(dec, sizes)                            # shows the machine's drift
-    return dict(tried=tried, vocabs=swept, judged=forecast(own[None], own[shape], shape, seed), loop_ms=loop, forward_ms=times, forward_after=after, engine=dec.kind, threads=torch.get_num_threads())
+    return dict(tried=tried, vocabs=swept, static=tau(fixed) if fixed else None, temperatures=warm, profile=where_time_goes(dec, hf, shape[2] + 1) if hf is not None and dec.kind == "c" else [], judged=forecast(own[None], own[shape], shape, seed), loop_ms=loop, forward_ms=times, forward_after=after, engine=dec.kind, threads=torch.get_num_threads())
 
 # %% ../nbs/14_eagle_speedup.ipynb #343566a9
 def totals(events) -> dict:
