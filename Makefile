@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PROFILE ?= cpu
 
-.PHONY: run test test-eval test-sglang env env-sglang sglang-venv clean
+.PHONY: run test test-eval test-sglang env env-eval env-sglang sglang-venv clean
 run: env
 	$(BIN)/tpro-nb run $(PROFILE)
 
@@ -22,9 +22,18 @@ test: env
 	TPRO_NB_RUN=none $(BIN)/python -m pytest tests --durations=15 -rs
 
 # lm-eval and statsmodels (multiple choice by likelihood, effects of an ablation): 30 more packages, so they are asked for by name.
-test-eval: env
-	$(BIN)/python -m pip install -q -c constraints-cpu.txt -e '.[eval]'
-	TPRO_NB_RUN=none $(BIN)/python -m pytest tests/test_evaluation_public.py tests/test_ablate.py
+# They want older versions of some that are here, so they lie in an environment on top of this one, which stays as it is.
+EVAL = $(VENV)/eval
+env-eval: $(EVAL)/.done
+$(EVAL)/.done: $(VENV)/.done
+	$(BIN)/python -m venv --without-pip $(EVAL)
+	$(BIN)/python -c 'import sys, sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path(sys.argv[1])!r})")' purelib \
+	  > $$($(EVAL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$(EVAL)/bin/python -m pip install -q -c constraints-cpu.txt -e '.[eval]'
+	$(EVAL)/bin/python -c 'import lm_eval, statsmodels'
+	touch $@
+test-eval: env-eval
+	TPRO_NB_RUN=none $(EVAL)/bin/python -m pytest tests/test_evaluation_public.py tests/test_ablate.py -rs
 
 # SGLang pins other versions, so it lives in an environment of its own, outside the clone, one for each content of its requirement files.
 SGLANG_REQ  = tests/sglang/requirements-sglang-cpu.txt tests/sglang/requirements-sglang-cpu-nodeps.txt

@@ -132,6 +132,7 @@ def test_report(tmp_path):
     table = A.report([r | dict(speedup=1.3 + .01*r["seed"]) for r in rows(.12)], tmp_path, say=said.append)
     assert any("eagle" in t["term"] and t["effect"] == pytest.approx(1.31) and t["lo"] < 1.31 < t["hi"] for t in table)
     assert (tmp_path/"effects.csv").read_text().startswith("response,term,effect") and any("not significant" in s for s in said)
+    assert (tmp_path/"effects.png").read_bytes().startswith(b"\x89PNG") and not any("eagle" in l.get_text() for l in A.forest(table).axes[0].get_yticklabels())      # its ratio is a mean, not an effect
 
 def test_a_share_that_the_corpus_cannot_reach_is_left_out(tmp_path, monkeypatch):
     "The pool ends at 17 % English: 20 and 40 % would be one cell twice, and nothing is trained for them."
@@ -150,3 +151,4 @@ def test_sweep_report(tmp_path):
     sweep = [dict(english_pct=e, seed=s, think_accuracy=e/100 + s/10) for e in A.ENGLISH for s in range(3)]
     table = A.report(sweep, tmp_path, "english", say=lambda s: None)
     assert len(table) == 5 and table[0]["effect"] == pytest.approx(.1) and table[0]["lo"] < .1 < table[0]["hi"]
+    assert {f.name for f in tmp_path.iterdir()} == {"english.csv", "english.png"}                    # a sweep does not pass for a factorial

@@ -246,3 +246,49 @@ def test_a_folder_of_two_runs_says_so(tmp_path):
     assert "07_sft was computed from another 06_midtraining than the one here." in page and "2 environments" in page and "<B>" not in page
     core.write_json(tmp_path/"07_sft"/"stamp.json", core.read_json(tmp_path/"06_midtraining"/"stamp.json"))
     page = C.report(tmp_path).read_text(); assert "another 06" not in page and "environments" not in page
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    "A checkout with the committed studies, and an empty run."
+    shutil.copytree(ROOT/"outputs"/"reference", tmp_path/"outputs"/"reference", ignore=lambda d, names: [n for n in names if n in ("cpu", "playground.png")])
+    (tmp_path/"outputs"/"cpu").mkdir(); monkeypatch.setattr(C, "project_root", lambda: tmp_path)
+    return tmp_path
+
+def test_studies_are_shown_and_named_as_other_runs(checkout):
+    text = C.report(checkout/"outputs"/"cpu").read_text(encoding="utf-8")
+    t = Tags(); t.feed(text)
+    assert not t.bad and not t.open and "Nothing in the ledger rests on them" in text
+    seen = {s["folder"]: s for s in C.studies(checkout/"outputs"/"cpu")}
+    assert set(seen) == {f"outputs/reference/{s}" for s in ("ablate", "grid", "limits", "bench")} and all(s["committed"] for s in seen.values())
+    for s in seen.values(): assert s["folder"] in text and s["tables"][0]["rows"] and all(len(r) == len(x["head"]) for x in s["tables"] for r in x["rows"])
+    assert text.count("data:image/png") == sum(len(s["figures"]) for s in C.studies(checkout/"outputs"/"cpu")) == 5
+    shutil.rmtree(checkout/"outputs"/"reference")
+    assert C.studies(checkout/"outputs"/"cpu") == [] and "Studies beside" not in C.report(checkout/"outputs"/"cpu").read_text(encoding="utf-8")
+
+def test_ones_own_study_comes_before_the_committed_one(checkout):
+    import os
+    out = checkout/"outputs"
+    where = lambda run: {s["id"]: s["folder"] for s in C.studies(out/run)}
+    shutil.copytree(out/"reference"/"grid", out/"cpu"/"grid"); shutil.copytree(out/"reference"/"grid", out/"smoke"/"grid")
+    for run, age in (("cpu", 100), ("smoke", 50)): os.utime(out/run/"grid"/"grid.csv", (age, age))
+    assert where("cpu")["grid"] == "outputs/cpu/grid" and where("h100")["grid"] == "outputs/cpu/grid" and where("smoke")["grid"] == "outputs/smoke/grid"      # the run's own, else the newest
+    shutil.copytree(out/"reference"/"ablate", out/"ablate"/"smoke"); (out/"limits").mkdir(); shutil.copy(out/"reference"/"limits"/"tau.csv", out/"limits")
+    got = where("cpu")
+    assert got["effects"] == "outputs/ablate/smoke" and got["tau"] == "outputs/limits" and got["position"] == "outputs/reference/limits"
+    assert not next(s for s in C.studies(out/"cpu") if s["id"] == "tau")["committed"]
+    (out/"limits"/"tau.csv").write_text("from_token,to_token\n0,1\n")
+    with pytest.raises(core.UserError, match="tau.csv is not a table"): C.studies(out/"cpu")
+
+def test_the_head_counts_every_claim_and_says_how_to_see_it_again():
+    claims = C.ledger(RUN, "a model", decides=True)
+    rows = {e["verdict"]: e for e in C.evidence(claims, {"01_a": dict(seconds=60), "02_b": dict(seconds=60), "14_c": dict(seconds=1800)}, "cpu")}
+    assert sum(e["n"] for e in rows.values()) == len(claims) and list(rows) == C.VERDICTS
+    assert rows["reproduced at full scale"]["again"] == "tpro-nb run cpu --to 02; 2 minutes of stage time in this run" and "; 32 minutes" in rows["direction holds at small scale"]["again"]
+    assert "minutes" not in C.evidence(claims, {}, "cpu")[1]["again"]
+
+def test_the_head_prefers_test_problems_to_those_that_chose_the_rates():
+    dev = {"07_sft": dict(acc_think_pct=99., acc_direct_pct=18., think_minus_direct_pct=81., think_minus_direct_pct_lo=74., think_minus_direct_pct_hi=88.)}
+    test = {"10_evaluation": dict(avg_at_k_sft_think=.95, avg_at_k_sft_direct=.125, diff_think_minus_direct_sft=.825, diff_think_minus_direct_sft_lo=.75, diff_think_minus_direct_sft_hi=.9)}
+    assert "99 % of the development problems" in C.summary(dev)[0] and "81 points (95 % interval 74 to 88)" in C.summary(dev)[0]
+    assert "95 % of the test problems when it thinks first and 13 % when it does not, a difference of 83 points (95 % interval 75 to 90)" in C.summary(dev | test)[0]
+    assert C.summary({}) == []

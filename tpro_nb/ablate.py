@@ -4,7 +4,7 @@
 __all__ = ['FACTORS', 'STILL', 'OFF', 'ANSWERS', 'SPEED', 'EARLY', 'BETWEEN', 'WITHIN', 'ENGLISH', 'RESPONSES', 'SURPRISE',
            'cells', 'name_of', 'cell_params', 'more_steps', 'needed', 'keys_of', 'adopt', 'random_head', 'run_cell',
            'shared', 'paired_cells', 'effects', 'answer_bits', 'surprise', 'measured', 'mean_ci', 'out_of_reach',
-           'ablate', 'report', 'main', 'profile_name']
+           'ablate', 'forest', 'report', 'main', 'profile_name']
 
 # %% ../nbs/92_ablate.ipynb #ab920003
 import argparse, csv, io, itertools, shutil
@@ -224,9 +224,35 @@ def ablate(root: Path, profile: str, seeds: list[int], out: str, speed: bool = F
         for s, (n, runs) in shared(code, plans, targets).items(): say(f"{s:24} {n:3} cells, {runs:3} runs")
     return rows
 
+# %% ../nbs/92_ablate.ipynb #92f0e502
+def forest(table: list[dict],          # rows of effects.csv, or of a sweep's english.csv
+           title: str = ""):           # a matplotlib figure
+    "Effects with 95 % intervals, a panel a response; filled: significant after Holm, or a sweep's mean."
+    from matplotlib.figure import Figure
+    num, short = lambda v: None if v in (None, "") else float(v), lambda r: r["term"].split(" (or")[0]
+    effects_ = [r for r in table if r["verdict"] != "mean"]
+    rows = effects_ or table                               # a sweep has means only; a factorial's one mean (EAGLE's ratio) is no effect
+    names = list(dict.fromkeys(r["response"] for r in rows))
+    label = {short(r): r["term"].replace(" (or", "\n(or") for r in sorted(rows, key=lambda r: len(r["term"]))}
+    terms = sorted(dict.fromkeys(map(short, rows)), key=lambda s: "×" in s)      # stable: parts first, then interactions
+    cols = min(4, len(names)); lines = -(-len(names)//cols)
+    fig = Figure(figsize=(2.2 + 2.1*cols, .6 + (1.1 + .32*len(terms))*lines)); axes = list(fig.subplots(lines, cols, sharey=True, squeeze=False).flat)
+    for ax, name in zip(axes, names):
+        for r in (r for r in rows if r["response"] == name):
+            y, v, lo, hi = terms.index(short(r)), *map(num, (r["effect"], r["lo"], r["hi"]))
+            colour = "C0" if r["verdict"] in ("significant", "mean") else "0.6"
+            if lo is not None: ax.plot([lo, hi], [y, y], color=colour, lw=1.5)
+            ax.plot(v, y, "o", color=colour, mfc="white" if colour == "0.6" else colour, ms=5)
+        if effects_: ax.axvline(0, color="grey", lw=.7)
+        ax.set_title(name.replace("_", " "), fontsize=9); ax.tick_params(labelsize=7); ax.locator_params(axis="x", nbins=5); ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes[len(names):]: ax.set_visible(False)
+    axes[0].set_yticks(range(len(terms)), [label[s] for s in terms]); axes[0].set_ylim(len(terms) - .5, -.5)
+    fig.suptitle(title, fontsize=9); fig.supxlabel("effect, on minus off: accuracies as shares, bits a character or a byte (less is better)" if effects_ else "mean over seeds", fontsize=8); fig.tight_layout()
+    return fig
+
 # %% ../nbs/92_ablate.ipynb #ab920021
 def report(rows: list[dict], out: Path, sweep: str = "", say=print) -> list[dict]:
-    "Effects of a factorial, or means of a sweep, printed and written to <out>/effects.csv."
+    "Effects of a factorial (<out>/effects.csv) or means of a sweep (<out>/english.csv), printed, written and drawn beside it."
     names, table = [r for r in (*RESPONSES, *SURPRISE, "speedup", "acceptance_length") if r in rows[0]], []
     for name in names:
         if any(r[name] is None for r in rows): say(f"{name}: not measured in every cell, so left out"); continue
@@ -236,7 +262,9 @@ def report(rows: list[dict], out: Path, sweep: str = "", say=print) -> list[dict
         else: table += [dict(response=name) | e for e in effects(rows, name, RESPONSES.get(name, [""])[0] == "06_midtraining")]
         if name == "speedup" and not sweep:
             m, lo, hi = mean_ci([r[name] for r in rows]); table.append(dict(response=name, term="eagle (speed with the draft over speed without, mean of the cells)", effect=m, lo=lo, hi=hi, p=None, verdict="mean"))
-    buf = io.StringIO(); w = csv.DictWriter(buf, fieldnames=list(table[0])); w.writeheader(); w.writerows(table); atomic_write(Path(out)/"effects.csv", buf.getvalue())
+    buf, to = io.StringIO(), Path(out)/f"{sweep or 'effects'}.csv"
+    w = csv.DictWriter(buf, fieldnames=list(table[0])); w.writeheader(); w.writerows(table); atomic_write(to, buf.getvalue())
+    forest(table, f"{len(rows)} nano chains, {len({r['seed'] for r in rows})} seeds, 95 % intervals" + ("" if sweep else "; filled: significant after Holm's correction")).savefig(to.with_suffix(".png"), dpi=110)
     num = lambda v: "     –" if v is None else f"{v:+.4f}"
     for t in table: say(f"{t['response']:17} {t['term']:66} {num(t['effect'])} [{num(t['lo'])}, {num(t['hi'])}]  {t['verdict']}")
     return table

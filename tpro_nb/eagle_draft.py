@@ -772,7 +772,7 @@ def plot_training(axes, result: dict, title: str):
     axes[0].set(xlabel="training step", ylabel="loss ÷ its first value", ylim=(0, 1.1), title=f"{title}: training loss"); axes[0].legend(fontsize=8)
     for d in range(len(log[0]["depth"])): axes[1].plot([l["step"] for l in log], [100*l["depth"][d] for l in log], "o-", ms=3, label=f"depth {d + 1}")
     axes[1].plot([l["step"] for l in log], [100*l["top3"] for l in log], "k--", lw=1, label="depth 1, among top 3")
-    axes[1].set(xlabel="training step", ylabel="right, given all before right (%)", title=f"{title}: development prompts, greedy", ylim=(0, 100)); axes[1].legend(fontsize=8)
+    axes[1].set(xlabel="training step", ylabel="right, given all before right (%)", title="development prompts, greedy", ylim=(0, 100)); axes[1].legend(fontsize=8, loc="lower right")
     for ax in axes: ax.title.set_fontsize(9)
 
 # %% ../nbs/11_eagle_draft.ipynb #32938cda
