@@ -536,6 +536,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'tpro_nb.eagle_decoding.ints': ('eagle_decoding.html#ints', 'tpro_nb/eagle_decoding.py'),
                                         'tpro_nb.eagle_decoding.is_static': ('eagle_decoding.html#is_static', 'tpro_nb/eagle_decoding.py'),
                                         'tpro_nb.eagle_decoding.kernels': ('eagle_decoding.html#kernels', 'tpro_nb/eagle_decoding.py'),
+                                        'tpro_nb.eagle_decoding.large_pages': ( 'eagle_decoding.html#large_pages',
+                                                                                'tpro_nb/eagle_decoding.py'),
                                         'tpro_nb.eagle_decoding.layer_weights': ( 'eagle_decoding.html#layer_weights',
                                                                                   'tpro_nb/eagle_decoding.py'),
                                         'tpro_nb.eagle_decoding.load_target': ( 'eagle_decoding.html#load_target',

@@ -5,14 +5,14 @@ __all__ = ['STATIC', 'C_TYPES', 'C_WEIGHT', 'C_MATMUL', 'C_SMALL', 'C_ATTENTION'
            'C_SOURCE', 'PROOF_PROMPTS', 'Tree', 'expand', 'rerank', 'expand_static', 'grow', 'draw_tree',
            'verify_greedy', 'verify_sampled', 'distribution', 'Stack', 'layer_weights', 'target_stack', 'draft_stack',
            'TorchEngine', 'table', 'torch_options', 'DraftWeights', 'greedy_pass', 'draft_pass', 'propose_pass',
-           'causal', 'logits_of', 'cpu_flags', 'kernels', 'pack', 'interleaved', 'Packed', 'ptr', 'CEngine', 'addr',
-           'ints', 'flat', 'fits', 'engine_for', 'load_target', 'local_draft', 'Decoder', 'is_static', 'chooser',
-           'generate', 'generate_batch', 'planted', 'broken_greedy', 'identity', 'exact', 'chi2_p', 'tiny_target',
-           'tiny_tree', 'draw_text', 'broken_sampled', 'broken_top', 'tiny_dist', 'chi2_tests', 'chi2_decoder',
-           'classify', 'bf16_compare', 'sampling_proof', 'proof', 'nano_identity', 'spread']
+           'causal', 'logits_of', 'cpu_flags', 'kernels', 'pack', 'interleaved', 'large_pages', 'Packed', 'ptr',
+           'CEngine', 'addr', 'ints', 'flat', 'fits', 'engine_for', 'load_target', 'local_draft', 'Decoder',
+           'is_static', 'chooser', 'generate', 'generate_batch', 'planted', 'broken_greedy', 'identity', 'exact',
+           'chi2_p', 'tiny_target', 'tiny_tree', 'draw_text', 'broken_sampled', 'broken_top', 'tiny_dist', 'chi2_tests',
+           'chi2_decoder', 'classify', 'bf16_compare', 'sampling_proof', 'proof', 'nano_identity', 'spread']
 
 # %% ../nbs/12_eagle_decoding.ipynb #c7e490c5
-import ctypes, hashlib, itertools, json, os, platform, shutil, subprocess, sys, time
+import ctypes, hashlib, itertools, json, mmap, os, platform, shutil, subprocess, sys, time
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -408,19 +408,26 @@ static inline f16 madd(f16 acc, i16 w, const W *x){
 #define TILE(B, Q) static void tile_##B##_##Q(const W *x, const W *w, float *y, int n, int k, int add, int from, int to){ \
   f16 a[B][Q]; for(int b = 0; b < B; b++) for(int i = 0; i < Q; i++) a[b][i] = (f16){0}; \
   for(int j = 0; j < k; j += STEP){ i16 t[B]; for(int b = 0; b < B; b++) memcpy(&t[b], w + ((size_t)b*k + j)*16, 64); \
-    for(int b = from; b < to; b++) __builtin_prefetch(w + ((size_t)(B + b)*k + j)*16, 0, 3); \
-    for(int i = 0; i < Q; i++) for(int b = 0; b < B; b++) a[b][i] = madd(a[b][i], t[b], x + (size_t)i*k + j); } \
+    if(B == 1) __builtin_prefetch((char*)(w + (size_t)j*16) + (Q < 4 ? 2048 : 8192), 0, Q < 4 ? 3 : 2); \
+    else for(int b = from; b < to; b++) __builtin_prefetch(w + ((size_t)(B + b)*k + j)*16, 0, 3); \
+    for(int i = 0; i < Q; i++) for(int b = 0; b < B; b++) a[b][i] = madd(a[b][i], t[b], x + (B == 1 ? j*Q + i*STEP : i*k + j)); } \
   for(int i = 0; i < Q; i++) for(int b = 0; b < B; b++){ f16 *p = (f16*)(y + (size_t)i*n + b*16); *p = add ? *p + a[b][i] : a[b][i]; } }
 #define SIX(B) TILE(B,1) TILE(B,2) TILE(B,3) TILE(B,4) TILE(B,5) TILE(B,6)
 SIX(4) SIX(1) TILE(1,7) TILE(1,8) TILE(1,9) TILE(1,10) TILE(1,11) TILE(1,12)
 #define NAMES(B) 0, tile_##B##_1, tile_##B##_2, tile_##B##_3, tile_##B##_4, tile_##B##_5, tile_##B##_6
 typedef void (*tile_fn)(const W*, const W*, float*, int, int, int, int, int);
 static const tile_fn four[] = {NAMES(4)}, one[] = {NAMES(1), tile_1_7, tile_1_8, tile_1_9, tile_1_10, tile_1_11, tile_1_12};
+static const W *side_by_side(const W *x, W *to, int q, int k){   /* the first input of every row, then the second of every row: one stream instead of q */
+  if(q == 1) return x;
+  for(int j = 0; j < k; j += STEP) for(int i = 0; i < q; i++) memcpy(to + j*q + i*STEP, x + i*k + j, STEP*sizeof(W));
+  return to; }
 static void product(const W *x, const W *w, float *y, int q, int n, int k, int add, int t, int T){   /* thread t of T: its share of the n outputs, in pairs of blocks */
   int nb = n/16, half = (nb + 1)/2, lo = (long)half*t/T*2, hi = (long)half*(t + 1)/T*2, P = q > 12 ? (q + 5)/6 : 1; if(hi > nb) hi = nb;
-  for(int b = lo, B; b < hi; b += B){ B = q > 12 && hi - b >= 4 ? 4 : 1;
-    for(int p = 0; p < P; p++){ int r = q*p/P, m = q*(p + 1)/P - r;             /* each turn asks for its part of the next tile */
-      (B == 4 ? four : one)[m](x + (size_t)r*k, w + (size_t)b*k*16, y + (size_t)r*n + b*16, n, k, add, (B*p + P - 1)/P, (B*(p + 1) + P - 1)/P); } } }
+  W turned[k*(P > 1 ? 6 : q)]; if(P == 1) x = side_by_side(x, turned, q, k);
+  for(int b = lo, B; b < hi; b += B){ B = P > 1 && hi - b >= 4 ? 4 : 1;
+    for(int p = 0; p < P; p++){ int r = q*p/P, m = q*(p + 1)/P - r; const W *xp = x + (size_t)r*k;   /* each turn asks for its part of the next tile */
+      if(P > 1 && B == 1) xp = side_by_side(xp, turned, m, k);
+      (B == 4 ? four : one)[m](xp, w + (size_t)b*k*16, y + (size_t)r*n + b*16, n, k, add, (B*p + P - 1)/P, (B*(p + 1) + P - 1)/P); } } }
 """
 
 # %% ../nbs/12_eagle_decoding.ipynb #e58eec41
@@ -647,6 +654,18 @@ def interleaved(l: dict) -> dict:
     I2, H = l["gate_up"].shape
     return {k: l[k] for k in ("qkv", "o", "down")} | dict(gate_up=l["gate_up"].view(2, I2//32, 16, H).transpose(0, 1).reshape(I2, H))
 
+def large_pages(ts: list[torch.Tensor]) -> list[torch.Tensor]:
+    "The same tensors, one after the other in pages of 2 MB where Linux grants them, in ordinary ones elsewhere."
+    page, size = 2**21, sum(t.nbytes for t in ts)
+    try:
+        room = mmap.mmap(-1, (size//page + 2)*page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        room.madvise(mmap.MADV_HUGEPAGE)
+        room = torch.frombuffer(room, dtype=torch.uint8)
+    except (AttributeError, OSError): room = torch.empty((size//page + 2)*page, dtype=torch.uint8)
+    start = -room.data_ptr() % page
+    parts = room[start:start + size].split([t.nbytes for t in ts])
+    return [p.view(t.dtype).view(t.shape).copy_(t) for p, t in zip(parts, ts)]
+
 @dataclass
 class Packed:
     w: torch.Tensor; n: int; k: int
@@ -670,7 +689,8 @@ class CEngine:
         (H, I), width = stack.layers[0]["down"].shape, stack.layers[0]["qkv"].shape[1]
         self.k, self.v = torch.zeros(L, stack.kv, hd, cap, dtype=dtype), torch.zeros(L, stack.kv, cap, hd, dtype=dtype)
         f32 = lambda t: None if t is None else t.float().contiguous()
-        self.w = [{k: f32(l[k]) for k in ("ln1", "q_norm", "k_norm", "ln2")} | {k: pack(w, dtype) for k, w in interleaved(l).items()} for l in stack.layers]
+        self.w = [{k: f32(l[k]) for k in ("ln1", "q_norm", "k_norm", "ln2")} | dict(zip(m := interleaved(l), large_pages([pack(w, dtype) for w in m.values()])))
+                  for l in stack.layers]
         angle = torch.arange(cap)[:, None]*stack.inv_freq.cpu()
         self.t = [(angle.cos()*stack.scale).contiguous(), (angle.sin()*stack.scale).contiguous(), f32(stack.final)]
         G = stack.heads//stack.kv
@@ -683,7 +703,7 @@ class CEngine:
         self.H = H
 
 # %% ../nbs/12_eagle_decoding.ipynb #1b451ac4
-def _c_prepare(self, w): return Packed(pack(w, self.dtype), *w.shape)
+def _c_prepare(self, w): return Packed(*large_pages([pack(w, self.dtype)]), *w.shape)
 
 def addr(t): return ctypes.c_void_p(t.data_ptr())
 def ints(v): return (ctypes.c_int*len(v))(*v)
