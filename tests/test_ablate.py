@@ -1,9 +1,9 @@
 "The ablation: a design that separates what it says, a cache that shares what is the same, effects that are found only where they are."
-import json
+from types import SimpleNamespace
 import numpy as np
 import pytest, yaml
 from tpro_nb import ablate as A, pipeline as P
-from tpro_nb.core import UserError, environment, read_json, write_json
+from tpro_nb.core import UserError, environment, read_json, read_jsonl, write_json, write_jsonl
 from conftest import ROOT, PARAMS, write_notebook
 
 ON = dict.fromkeys(A.FACTORS, 1)
@@ -134,21 +134,47 @@ def test_report(tmp_path):
     assert (tmp_path/"effects.csv").read_text().startswith("response,term,effect") and any("not significant" in s for s in said)
     assert (tmp_path/"effects.png").read_bytes().startswith(b"\x89PNG") and not any("eagle" in l.get_text() for l in A.forest(table).axes[0].get_yticklabels())      # its ratio is a mean, not an effect
 
-def test_a_share_that_the_corpus_cannot_reach_is_left_out(tmp_path, monkeypatch):
-    "The pool ends at 17 % English: 20 and 40 % would be one cell twice, and nothing is trained for them."
-    whole, said = [], []
-    def cell(root, code, params, cell, pool, targets, say):
-        run = root/next(iter(params.values()))["run_dir"]
-        (run/"05_data").mkdir(parents=True, exist_ok=True); write_json(run/"05_data"/"metrics.json", dict(english_chars_pct=min(17., params["05_data"]["english_pct"])))
-        if targets != ["05_data"]: whole.append(run.name)
-        return run
-    monkeypatch.setattr(A, "run_cell", cell); monkeypatch.setattr(A, "measured", lambda *a: {}); monkeypatch.setattr(A, "more_steps", lambda run: 1.); monkeypatch.setattr(P, "export_all", lambda root: None)
-    rows = A.ablate(ROOT, "smoke", [0], str(tmp_path), sweep="english", say=said.append)
-    assert [r["english_pct"] for r in rows] == [0, 5, 10] and whole == ["english0", "english5", "english10"]
-    assert len(said) == 2 and "english40 is left out: 05_data reached 17.0 % English where 40 % was asked for" in said[1]
+def english(run):
+    rows = read_jsonl(run/"05_data"/"midtrain.jsonl"); size = lambda r: len(r["messages"][0]["content"])
+    return sum(map(size, rows)), 100*sum(size(r) for r in rows if r["lang"] == "en")/sum(map(size, rows))
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    "A sweep in which chapter 05 is a fake that gives as many characters as asked for, every sixth row English; the later stages say what they were asked."
+    asked = []
+    def run_stage(root, stage, params, keys, ins, label, inherited=None):
+        out = root/params["run_dir"]/stage; out.mkdir(parents=True, exist_ok=True); asked.append((out.parent.name, stage, params))
+        if stage == "05_data": write_jsonl(out/"midtrain.jsonl", [dict(lang="en" if i % 6 == 0 else "ru", messages=[dict(role="user", content=("ab" if i % 6 == 0 else "я")*10)]) for i in range(params["midtrain_chars"]//11)])
+        write_json(out/"metrics.json", {})
+        write_json(out/"stamp.json", dict(stage=stage, code_key=keys, inputs=ins, outputs=P.list_outputs(out)))
+    monkeypatch.setattr(P, "run_stage", run_stage); monkeypatch.setattr(P, "export_all", lambda root: None); monkeypatch.setattr(P, "_inputs_now", lambda *a: {})
+    keyed = lambda f: f.exists() and read_json(f)["code_key"]["key"]
+    monkeypatch.setattr(P, "stage_status", lambda run, stage, key, done, ins: SimpleNamespace(state="current" if keyed(run/stage/"stamp.json") == key["key"] else "stale", stamp={}))
+    monkeypatch.setattr(A, "measured", lambda run, speed: dict(zip(("chars", "share"), english(run))))
+    monkeypatch.setattr(A, "tokens", lambda run, vocabulary="dense": sum(len(r["messages"][0]["content"])//(4 if r["lang"] == "en" else 2) for r in read_jsonl(run/"05_data"/"midtrain.jsonl")))
+    return tmp_path/"sweep", asked
+
+def test_a_sweep_moves_the_language_of_what_is_read_and_nothing_else(corpus):
+    "The share is that of the midtraining text itself, at equal characters; the corpus is made once; steps follow the tokens."
+    out, asked = corpus
+    rows = A.ablate(ROOT, "smoke", [0], str(out), sweep="english", changes={"05_data": dict(midtrain_chars=6000)}, say=lambda s: None)
+    assert [r["share"] for r in rows] == pytest.approx(A.ENGLISH, abs=.3) and [r["chars"] for r in rows] == pytest.approx([6000]*5, abs=20)
+    assert [a[0] for a in asked if a[1] == "05_data"] == ["corpus"] and asked[[a[1] for a in asked].index("05_data")][2]["midtrain_chars"] == 12000
+    steps = {run: p["steps"] for run, s, p in asked if s == "06_midtraining"}; base = P.load_params(ROOT, "smoke")["06_midtraining"]["steps"]
+    assert steps["english0"] == base and steps["english40"] == round(base*.8)                       # four tenths of the text takes half the tokens
+
+def test_a_share_that_the_corpus_cannot_reach_is_refused_before_training(corpus, monkeypatch):
+    out, asked = corpus; monkeypatch.setattr(A, "ENGLISH", (0., 95.))
+    with pytest.raises(UserError, match="english95: 95 % English of 6,000 characters needs .* characters of en more"): A.ablate(ROOT, "smoke", [0], str(out), sweep="english", changes={"05_data": dict(midtrain_chars=6000)}, say=lambda s: None)
+    assert "english95" not in {a[0] for a in asked}
 
 def test_sweep_report(tmp_path):
-    sweep = [dict(english_pct=e, seed=s, think_accuracy=e/100 + s/10) for e in A.ENGLISH for s in range(3)]
-    table = A.report(sweep, tmp_path, "english", say=lambda s: None)
-    assert len(table) == 5 and table[0]["effect"] == pytest.approx(.1) and table[0]["lo"] < .1 < table[0]["hi"]
+    rng = np.random.default_rng(3); sweep = [dict(english_pct=e, seed=s, think_accuracy=e/100 + s/10 + rng.normal(0, .002), direct_accuracy=0.) for e in A.ENGLISH for s in range(3)]
+    table = {(t["response"], t["term"]): t for t in A.report(sweep, tmp_path, "english", say=lambda s: None)}
+    mean, gap = table["think_accuracy", "0 % English"], table["think_accuracy", "40 minus 0 % English"]
+    assert len(table) == 18 and mean["effect"] == pytest.approx(.1, abs=.01) and mean["lo"] < .1 < mean["hi"]
+    assert gap["lo"] < .4 < gap["hi"] and gap["hi"] - gap["lo"] < (mean["hi"] - mean["lo"])/10 and gap["verdict"] == "significant"      # the seeds' own level is not its noise
+    assert table["direct_accuracy", "40 minus 0 % English"]["verdict"] == "does not vary"
+    assert len(A.shares([r for r in sweep if r["seed"] == 0], "think_accuracy")) == 5               # one seed: means, no verdict
+    with pytest.raises(UserError, match="every seed needs every share"): A.shares(sweep[1:], "think_accuracy")
     assert {f.name for f in tmp_path.iterdir()} == {"english.csv", "english.png"}                    # a sweep does not pass for a factorial

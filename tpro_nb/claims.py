@@ -763,9 +763,11 @@ def ablation_view(folder: Path) -> dict:
 
 @study("english.csv", "Ablation: the share of English (chapter 92)")
 def sweep_view(folder: Path) -> dict:
-    return dict(text="How much English should the training text of a nano chain hold? The characters stay equal, their language moves. Less is better in bits, more in accuracy.",
-                figures=[(p, "Means over seeds with 95 % intervals.") for p in [folder/"english.png"] if p.exists()],
-                tables=[table_of(_rows(folder/"english.csv"), Response=lambda r: r["response"].replace("_", " "), Share="term", Mean=lambda r: with_interval(r["effect"], r["lo"], r["hi"]))])
+    rows = _rows(folder/"english.csv")
+    cols = dict(Response=lambda r: r["response"].replace("_", " "), Share="term", Value=lambda r: with_interval(r["effect"], r["lo"], r["hi"]))
+    return dict(text="How much English should the midtraining text of a nano chain hold? The characters stay equal, their language moves. Less is better in bits, more in accuracy. Differences are taken seed by seed to the text without English; p after Holm's correction over the differences on one response.",
+                figures=[(p, "Grey: a seed each; bold: their mean.") for p in [folder/"english.png"] if p.exists()],
+                tables=[table_of([r for r in rows if r["verdict"] == "significant"], "", **cols), table_of(rows, "All shares", **cols, Verdict="verdict")])
 
 # %% ../nbs/16_claims.ipynb #57d1e505
 @study("grid.csv", "Grid: does a denser vocabulary cost acceptance? (chapter 14b)")
