@@ -261,7 +261,7 @@ def test_studies_are_shown_and_named_as_other_runs(checkout):
     seen = {s["folder"]: s for s in C.studies(checkout/"outputs"/"cpu")}
     assert set(seen) == {f"outputs/reference/{s}" for s in ("ablate", "grid", "limits", "bench")} and all(s["committed"] for s in seen.values())
     for s in seen.values(): assert s["folder"] in text and s["tables"][0]["rows"] and all(len(r) == len(x["head"]) for x in s["tables"] for r in x["rows"])
-    assert text.count("data:image/png") == sum(len(s["figures"]) for s in C.studies(checkout/"outputs"/"cpu")) == 5
+    assert text.count("data:image/png") == sum(len(s["figures"]) for s in C.studies(checkout/"outputs"/"cpu")) == 6
     shutil.rmtree(checkout/"outputs"/"reference")
     assert C.studies(checkout/"outputs"/"cpu") == [] and "Studies beside" not in C.report(checkout/"outputs"/"cpu").read_text(encoding="utf-8")
 
