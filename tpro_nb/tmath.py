@@ -34,17 +34,17 @@ def chain(rng: random.Random, steps: int) -> dict:
     rule = {a: b for a, b in zip(order, order[1:] + order[:1])}
     start = at = rng.randint(1, 8)
     trace = []
-    for label in LETTERS[:steps]: at = rule[at]; trace.append(f"{label} {at}")
+    for label in LETTERS[:steps]: trace.append(f"{label} {at}:{rule[at]}"); at = rule[at]
     table = " ".join(f"{a}:{rule[a]}" for a in sorted(rule))
     return dict(start=start, body=table, labels=" ".join(LETTERS[:steps]), answer=str(at), trace="; ".join(trace), core=f"{start} {steps} {table}")
 
 def sums(rng: random.Random, steps: int) -> dict:
-    "Last digit of a sum of `steps` digits. Order does not matter, so the hash that splits ignores it too."
-    digits, total, trace = [rng.randint(0, 9) for _ in range(steps)], 0, []
-    for label, d in zip(LETTERS, digits):
-        total = (total + d) % 10; trace.append(f"{label} {d} {total}")
-    return dict(start=0, body=" ".join(f"{a} {d}" for a, d in zip(LETTERS, digits)), answer=str(total), trace="; ".join(trace),
-                core=" ".join(map(str, sorted(digits))))
+    "Last digit of a sum of `steps` numbers from 10 to 99. Order does not matter, so the hash that splits ignores it too."
+    terms, total, trace = [rng.randint(10, 99) for _ in range(steps)], 0, []
+    for label, x in zip(LETTERS, terms):
+        total = (total + x) % 10; trace.append(f"{label} {x % 10} {total}")
+    return dict(start=0, body=" ".join(f"{a} {x}" for a, x in zip(LETTERS, terms)), answer=str(total), trace="; ".join(trace),
+                core=" ".join(map(str, sorted(terms))))
 
 FAMILIES = {"cups": cups, "chain": chain, "sums": sums}   # name -> generator(rng, steps)
 CHANCE = {"cups": 1/3, "chain": 1/7, "sums": 1/10}        # what a guesser who knows the family gets
@@ -60,9 +60,8 @@ WORDINGS = {
 
 TMATH_FIELDS = ["question", "verifiable_answer", "year", "grade", "full_answer", "solutions", "task_complexity", "olympiad"]
 
-def split_of(family: str, core: str, steps: int) -> str:
-    "The split a problem belongs to, by a hash of the problem itself (not of its wording): 10 % dev, 25 % test; one-step problems only train."
-    if steps < 2: return "train"
+def split_of(family: str, core: str) -> str:
+    "The split a problem belongs to, by a hash of the problem itself (not of its wording): 10 % dev, 25 % test."
     h = int(hashlib.sha256(f"{family}|{core}".encode()).hexdigest(), 16) % 20
     return "dev" if h < 2 else "test" if h < 7 else "train"
 
@@ -78,22 +77,22 @@ def problems(family: str,            # a key of FAMILIES
              n: int,                 # how many
              seed: int = 0,
              split: str = "train",   # train, dev or test
-             steps: list[int] | None = None,  # step counts in rotation; 1..6 in train, 2..6 else
+             steps: list[int] | None = None,  # step counts in rotation; None: 1..6
             ) -> list[dict]:         # T-Math's eight fields + problem_id, family, steps, wording, split
     "`n` different problems of one split; `solutions[0]` is the trace that a think block holds."
     if family not in FAMILIES: raise UserError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
     rng, words = random.Random(f"{family}|{split}|{seed}"), WORDINGS[family]
-    rotation, rows, seen, i = list(steps or range(1 if split == "train" else 2, 7)), [], set(), 0
+    rotation, rows, seen, drawn = list(steps or range(1, 7)), [], set(), Counter()
     while len(rows) < n:
         if not rotation: raise UserError(f"{family}/{split} has only {len(rows)} different problems, {n} asked: ask for fewer or longer ones")
-        k = rotation[i % len(rotation)]
+        k = rotation[sum(drawn.values()) % len(rotation)]
         for _ in range(300):
-            game, kind = FAMILIES[family](rng, k), "held_out" if split == "test" and len(rows) % 2 else "seen"
+            game, kind = FAMILIES[family](rng, k), "held_out" if split == "test" and drawn[k] % 2 else "seen"      # by turns within a length
             row = _row(family, game, k, split, kind, rng.choice(words[kind]))
             key = row["question"] if split == "train" else game["core"]
-            if split_of(family, game["core"], k) == split and key not in seen: break
+            if split_of(family, game["core"]) == split and key not in seen: break
         else: rotation.remove(k); continue      # this length is used up
-        seen.add(key); rows.append(row); i += 1
+        seen.add(key); rows.append(row); drawn[k] += 1
     return rows
 
 # %% ../nbs/04_tmath.ipynb #fd25d1e2
