@@ -4,7 +4,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from tpro_nb import core, reward_model as R
+from tpro_nb import core, data, reward_model as R
 
 @pytest.mark.parametrize("n", [2, 4, 8, 16, 32])
 def test_pair_count_and_truth(n):
@@ -54,20 +54,38 @@ def judge_server():
     yield f"http://127.0.0.1:{s.server_port}/v1", H
     s.shutdown()
 
-def test_llm_judge(judge_server):
+def test_llm_judge_is_asked_in_both_orders_and_its_verdicts_survive_a_kill(judge_server, tmp_path):
     url, H = judge_server
-    texts = ["x", "xxx", "xx", "xxxx"]
-    matches, pairs = R.knockout(4, R.both_orders(R.llm_judge(url, "m", "Вопрос?", texts)))
-    assert sorted(pairs) == [(1, 0), (3, 0), (3, 1), (3, 2)] or sorted(pairs) == sorted({(1, 0), (3, 2), (3, 1), (3, 0)})
+    texts, kept = ["x", "xxx", "xx", "xxxx"], lambda name: data.Kept(tmp_path/name)
+    judge = R.judge_at(url, "m", kept("a.jsonl")); H.seen.clear()
+    ask = R.both_orders(R.llm_judge(judge, "Вопрос?", texts))
+    matches, pairs = R.knockout(4, ask)
+    assert sorted(pairs) == [(1, 0), (3, 0), (3, 1), (3, 2)]
     assert len(H.seen) == 6 and H.seen[0][0] == "/v1/chat/completions" and H.seen[0][1]["model"] == "m" and H.seen[0][1]["temperature"] == 0
+    again = R.both_orders(R.llm_judge(R.judge_at(url, "m", kept("a.jsonl")), "Вопрос?", texts)); H.seen.clear()
+    assert R.knockout(4, again) == (matches, pairs) and not H.seen         # another process finds them on disk
     H.mode = "first"                                # position bias: everything is contradicted, nothing is kept
-    matches, pairs = R.knockout(4, R.both_orders(R.llm_judge(url, "m", "Вопрос?", texts)))
+    matches, pairs = R.knockout(4, R.both_orders(R.llm_judge(R.judge_at(url, "m", kept("b.jsonl")), "Вопрос?", texts)))
     assert pairs == [] and all(m["verdict"] is None for m in matches)
     H.mode = "mute"
-    assert [m["verdict"] for m in R.knockout(2, R.both_orders(R.llm_judge(url, "m", "Вопрос?", texts)))[0]] == [0]
+    assert [m["verdict"] for m in R.knockout(2, R.both_orders(R.llm_judge(R.judge_at(url, "m", kept("c.jsonl")), "Вопрос?", texts)))[0]] == [0]
 
-def test_unreachable_judge_says_so():
-    with pytest.raises(core.UserError, match="judge_url http://127.0.0.1:9/v1.*leave it empty"): R.llm_judge("http://127.0.0.1:9/v1", "m", "?", ["a", "b"])(0, 1)
+def test_tournaments_side_by_side_make_the_same_pairs():
+    some = [r for i in range(12) for r in rows(["correct", "wrong", "wrong", "correct"], f"q{i}")]
+    judge = lambda s: R.both_orders(R.verifier_judge(s))
+    assert R.make_pairs(some, judge, 3, workers=8) == R.make_pairs(some, judge, 3)
+
+def test_unreachable_judge_says_so(tmp_path):
+    with pytest.raises(core.UserError, match="judge_url http://127.0.0.1:9/v1.*leave it empty"): R.judge_at("http://127.0.0.1:9/v1", "m", data.Kept(tmp_path/"v.jsonl"))
+
+def test_chunks_of_prompts_draw_independently(tmp_path):
+    "The same question twice, in two chunks: with one stream for all chunks the answers would be the same; and two models answer a chunk under the same luck."
+    ask = lambda name, out: R.sample([dict(name=name, path=str(core.toy("07_sft/model")), mode="direct", n=4)], [dict(id=f"p{i}", prompt="Где шарик?", answer="1") for i in range(3)],
+                                     str(tmp_path/out), str(tmp_path/out[:1]), temperature=2.0, max_new_tokens=dict(think=8, direct=8), batch_size=4, seed=1)
+    ask("m", "a.jsonl"); ask("other", "b.jsonl")
+    by = lambda f: [[r["ids"] for r in core.read_jsonl(tmp_path/f) if r["id"] == f"p{i}"] for i in range(3)]
+    a, b, c = by("a.jsonl")
+    assert a != b and b != c and a != c and by("b.jsonl") == [a, b, c]
 
 def rows(verdicts, pid="q"): return [dict(id=pid, prompt="2 + 3?", source="07_sft", mode="direct", text=f"Ответ: {i}", verdict=v) for i, v in enumerate(verdicts)]
 

@@ -90,7 +90,7 @@ def train(model_dir: str, rows_path: str, out: str, work: str, steps: int, batch
     random.Random(seed).shuffle(rows)
     data, left_out, mix = dataset(tok, rows, context)
     trainer = sft_trainer()(model=trainable(model, new_rows(model_dir), rank), args=args, train_dataset=data, processing_class=tok)
-    looks = LanguageBits(tok, texts or {}, look_every, work/"bits.jsonl")
+    looks = LanguageBits(tok, texts or {}, look_every, work/f"bits-{work_key(texts, look_every)}.jsonl")
     trainer.add_callback(looks)
     resumed = last_checkpoint(work)
     log = fit(trainer, work)
