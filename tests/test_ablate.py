@@ -111,6 +111,16 @@ def test_luck_that_two_cells_share_is_no_effect_of_what_they_share():
         assert got["dpo"]["effect"] == pytest.approx(.04, abs=.02) and got["dpo"]["verdict"] == "significant"
     assert 1 <= missed <= 14, missed
 
+def test_luck_that_a_vocabulary_shares_is_no_effect_of_the_vocabulary():
+    "Tokenizer, base and data are made once for four cells: with a luck per vocabulary and seed the interval still holds the truth (0), and midtraining is found through it."
+    rng, missed, found = np.random.default_rng(4), 0, 0
+    for _ in range(40):
+        luck = {(v, s): rng.normal(0, .1) for v in (1, -1) for s in range(3)}; own = {(c["vocabulary"], c["midtraining"], s): rng.normal(0, .01) for c in A.cells() for s in range(3)}
+        data = [c | dict(seed=s, y_=luck[c["vocabulary"], s] + own[c["vocabulary"], c["midtraining"], s] + .04*c["midtraining"] + rng.normal(0, .005)) for s in range(3) for c in A.cells()]
+        got = {e["term"]: e for e in A.effects(data, "y_")}
+        missed += not got["vocabulary"]["lo"] < 0 < got["vocabulary"]["hi"]; found += got["midtraining"]["lo"] > 0
+    assert missed <= 6 and found > 33, (missed, found)
+
 def test_bits_of_an_answer_are_the_models_own_and_vocabularies_compare(tmp_path):
     import torch
     from tpro_nb.base_model import load_model
@@ -131,6 +141,8 @@ def test_report(tmp_path):
     said = []
     table = A.report([r | dict(speedup=1.3 + .01*r["seed"]) for r in rows(.12)], tmp_path, say=said.append)
     assert any("eagle" in t["term"] and t["effect"] == pytest.approx(1.31) and t["lo"] < 1.31 < t["hi"] for t in table)
+    eagle = next(t for t in table if "eagle" in t["term"])
+    assert (eagle["lo"], eagle["hi"]) == pytest.approx(A.mean_ci([1.3, 1.31, 1.32])[1:])              # three seeds, not 24 cells
     assert (tmp_path/"effects.csv").read_text().startswith("response,term,effect") and any("not significant" in s for s in said)
     assert (tmp_path/"effects.png").read_bytes().startswith(b"\x89PNG") and not any("eagle" in l.get_text() for l in A.forest(table).axes[0].get_yticklabels())      # its ratio is a mean, not an effect
 

@@ -15,7 +15,7 @@ def big():
     "The 4x8 profile with batches and lengths that fit, so that each test breaks one thing."
     p = P.load_params(ROOT, "h100x32")
     p["07_sft"]["eval_batch"], p["10_evaluation"]["batch_size"], p["11_eagle_draft"]["gen_batch"] = 6, 1, 8
-    for stage, length in (("08_reward_model", 16384), ("09_dpo", 16384)): p[stage] |= dict(sample_batch=1, max_length=length, accelerate="")
+    for stage in ("08_reward_model", "09_dpo"): p[stage] |= dict(sample_batch=1, servers={})
     return p
 
 @pytest.mark.parametrize("size", D.QWEN3)
@@ -69,8 +69,11 @@ def test_full_fine_tuning_of_32b_on_a_node_is_refused_with_the_sum(big):
 
 @pytest.mark.parametrize("stage, changes, names", [
     ("07_sft", dict(eval_batch=7), ["07_sft: eval_batch 7", "eval_batch: 6"]),
-    ("08_reward_model", dict(max_length=32768), ["08_reward_model: max_length 32768", "max_length: ", "accelerate: a file"]),
-    ("09_dpo", dict(batch=2), ["09_dpo: max_length 16384 with batch 2", "batch: 1"]),
+    ("08_reward_model", dict(max_length=65536), ["08_reward_model: max_length 65536", "max_length: "]),
+    ("08_reward_model", dict(accelerate=""), ["08_reward_model: max_length 32768", "1 shard)", "accelerate: a file (the weights are then sharded over the 32 cards"]),
+    ("09_dpo", dict(batch=2), ["09_dpo: max_length 32768 with batch 2", "batch: 1"]),
+    ("09_dpo", dict(sample_batch=3), ["09_dpo: sample_batch 3", "sample_batch: 1"]),
+    ("07_sft", dict(accelerate="params/h100x32/accelerate_sequence.yaml"), ["07_sft: accelerate names accelerate_sequence.yaml", "TRL refuses packed rows", "packing: false"]),
     ("10_evaluation", dict(batch_size=16), ["10_evaluation: batch_size 16", "batch_size: 1"]),
     ("06_midtraining", dict(nproc=4), ["06_midtraining: nproc 4", "num_processes 32"]),
     ("13_serving", dict(tp_size=1), ["13_serving: tp_size 1", "tp_size: 2"])])
@@ -80,13 +83,26 @@ def test_what_cannot_fit_is_refused_by_name(big, stage, changes, names):
     assert len(problems) == 1 and all(n in problems[0] for n in names), problems
 
 def test_the_named_remedy_fits_and_one_step_more_does_not(big):
-    big["09_dpo"]["max_length"] = 32768
+    big["09_dpo"]["max_length"] = 65536
     fix = int(D.examine(big, FOLDER)["problems"][0].split("max_length: ")[1].split(";")[0].rstrip("."))
     for length, fits in ((fix, True), (fix + 1024, False)):
         big["09_dpo"]["max_length"] = length
         assert (D.examine(big, FOLDER)["problems"] == []) is fits
-    big["09_dpo"] |= dict(max_length=32768, accelerate="params/h100x32/accelerate.yaml")        # the other remedy that is named
-    assert D.examine(big, FOLDER)["problems"] == []
+
+def test_a_stage_without_an_accelerate_file_is_weighed_and_started_as_torchrun_will(big):
+    "Its launch line and its sum must be those of `core.starter`, not of the file that other stages name."
+    big["08_reward_model"]["accelerate"] = ""
+    got = D.examine(big, FOLDER)
+    row = next(f for f in got["fits"] if f["stage"] == "08_reward_model")
+    assert row["shards"] == 1 and row["total"] > 500 and D.launch_line(8) in got["lines"] and len(got["lines"]) == 2
+    assert all(f["shards"] == 32 for f in got["fits"] if f is not row)
+
+def test_answers_that_one_card_cannot_write_are_said(big):
+    notes = {n[:2]: n for n in D.examine(big, FOLDER)["warnings"] if "answers in one process" in n}
+    rate = 3.35e12/(2*32_762_123_264 + 262_144*(30_000 + D.PROMPT))                 # bytes a second over bytes a token
+    assert set(notes) == {"08", "09"} and f"{1_600_000*2140/rate/86400:,.0f} days" in notes["09"] and "336,000 answers" in notes["08"]
+    big["09_dpo"]["servers"] = {"07_sft": "http://127.0.0.1:30001/v1 07_sft"}
+    assert not any(n.startswith("09_dpo writes") for n in D.examine(big, FOLDER)["warnings"])
 
 def test_without_fsdp_many_cards_do_not_help(big, tmp_path):
     "Plain torchrun replicates: with no accelerate file every card holds all sixteen bytes."
@@ -173,7 +189,7 @@ def test_trl_configs_carry_the_stages_values(big):
     mid, dpo = got["06_midtraining"], got["09_dpo"]
     assert (mid.learning_rate, mid.max_length, mid.packing, mid.adam_beta2, mid.max_grad_norm, mid.max_steps) == (1e-5, 32768, True, .95, 1.0, 9750)
     assert mid.lr_scheduler_kwargs == dict(min_lr=1e-6) and got["07_sft"].max_steps == -1 and got["07_sft"].num_train_epochs == 2
-    assert (dpo.beta, dpo.learning_rate, dpo.max_length, dpo.loss_type) == (.5, 1e-7, 16384, ["sigmoid"])
+    assert (dpo.beta, dpo.learning_rate, dpo.max_length, dpo.loss_type) == (.5, 1e-7, 32768, ["sigmoid"])
     schedule = got["07_sft"].lr_scheduler_type
     assert getattr(schedule, "value", schedule) == "cosine"
 

@@ -6,14 +6,20 @@ from tpro_nb import evaluation as ev
 from tpro_nb.core import UserError, read_jsonl, toy_problems, write_jsonl
 
 def test_coverage_is_95_by_problem_and_less_by_answer():
-    c = ev.coverage(sims=1500)
-    assert 93 <= c["by_problem"] <= 97 and c["by_answer"] < 88
+    c = ev.coverage(sims=300)
+    assert 92 <= c["by_problem"] <= 98 and c["by_answer"] < 88
+
+def test_coverage_is_that_of_the_intervals_themselves(monkeypatch):
+    monkeypatch.setattr(ev, "accuracy", lambda x, seed=0: (.4, .41, .42))                   # one that never holds the truth, 7/16
+    assert ev.coverage(sims=20)["by_problem"] == 0
 
 def test_accuracy_at_the_ends_has_width():
     one, half = ev.accuracy([1.0]*30), ev.accuracy([0, 1]*30)
     assert one[0] == one[2] == 1 and .85 < one[1] < .95
     assert half[1] < .5 < half[2]
     assert ev.accuracy([0.0]*30)[2] > .05
+    alike = ev.accuracy([.5]*20)                                              # all alike between the ends: resampling would say (.5, .5, .5)
+    assert alike[0] == .5 and alike[1] < .3 and alike[2] > .7
 
 def test_paired_finds_a_real_difference_and_not_a_false_one():
     rng = np.random.default_rng(0)
@@ -23,6 +29,8 @@ def test_paired_finds_a_real_difference_and_not_a_false_one():
     assert big["p"] < .001 and big["lo"] > 0 and none["p"] > .01
     for x, y in (([1, 0, 1], [1, 0, 1]), ([1, 1, 1], [0, 0, 0])):                  # nothing varies: no noise to speak of
         assert ev.paired(x, y)["mdd"] is None
+    few, many = ev.paired([1, 0, 1], [1, 0, 1]), ev.paired([1]*300, [1]*300)
+    assert few["lo"] == -few["hi"] < -.6 and 0 < many["hi"] < .02 and few["p"] == 1      # that none of three differed proves little
 
 def test_the_detectable_difference_is_detected_four_times_in_five():
     d = np.array([1, 0, 0, 0, -1]*20)                                         # variance known: 2/5 per problem, n = 100
@@ -50,6 +58,7 @@ def test_the_vote_of_a_problem():
     assert ev.majority(rows(none)) == {"p": 0.0} and ev.majority(rows(good), mode="think") == {}
     (t,) = ev.table(rows(bad, good, half, none))
     assert (t["avg_at_k"], t["pass_at_k"], t["maj_at_k"], t["empty_pct"]) == (.5, 1, 1, 25)
+    assert all(t[f"{f}_lo"] <= t[f] <= t[f"{f}_hi"] and t[f"{f}_lo"] < t[f"{f}_hi"] for f in ev.FIGURES)
 
 def test_samples_of_another_benchmark_are_refused():
     row = dict(key="k", model="m", mode="direct", problem_id="другая", sample=0, response="Ответ: 1", finished=True)
@@ -60,7 +69,7 @@ def fake(monkeypatch):
     calls = []
     def generate(model, tok, prompts, think, max_new_tokens, temperature, n, seed, batch_size):
         calls.append((None, think, seed, len(prompts)))
-        return [[dict(text=f"Ответ: {seed}", finished=True)] for _ in prompts]
+        return [[dict(text=f"Ответ: {seed}, место {i}", finished=True)] for i, _ in enumerate(prompts)]      # a draw: the stream and the place in it
     monkeypatch.setitem(sys.modules, "tpro_nb.sft", types.SimpleNamespace(generate=generate))
     monkeypatch.setitem(sys.modules, "tpro_nb.base_model", types.SimpleNamespace(load_model=lambda p: (types.SimpleNamespace(to=lambda d: None), None)))
     import tpro_nb
@@ -73,16 +82,16 @@ def go(tmp_path, key="a", k=2):
     jobs = [dict(name="m", path="m", mode=m, key=key + m, max_new_tokens=4) for m in ("think", "direct")]
     return ev.sample(jobs, str(tmp_path/"p.jsonl"), str(tmp_path/"log.jsonl"), k=k, temperature=.6, batch_size=2, seed=10)
 
-def test_sampler_uses_distinct_seeds_and_resumes_after_a_kill(fake, tmp_path):
+def test_sampler_draws_anew_in_every_batch_and_a_killed_run_equals_an_unbroken_one(fake, tmp_path):
     assert go(tmp_path)["answers"] == 20
     full = read_jsonl(tmp_path/"log.jsonl")
-    assert {(r["sample"], r["seed"]) for r in full} == {(0, 10), (1, 11)} and {c[1] for c in fake} == {True, False}
-    data = (tmp_path/"log.jsonl").read_bytes()
-    (tmp_path/"log.jsonl").write_bytes(data[:len(data)*2//3])           # killed in the middle of a line
-    left = 20 - len(data[:len(data)*2//3].splitlines()) + 1
-    assert go(tmp_path)["answers"] == left
-    again = read_jsonl(tmp_path/"log.jsonl")
-    assert sorted(map(json.dumps, again)) == sorted(map(json.dumps, full))
+    assert {c[1] for c in fake} == {True, False} and len({r["seed"] for r in full}) == 2*3                # 2 samples × 3 batches
+    assert len({r["response"] for r in full if r["mode"] == "think"}) == 10                              # no two answers share a draw
+    lines = (tmp_path/"log.jsonl").read_bytes().splitlines(keepends=True)
+    for n in (1, 5, 12):                                                # killed in the middle of a line, inside a batch
+        (tmp_path/"log.jsonl").write_bytes(b"".join(lines[:n]) + lines[n][:9])
+        assert go(tmp_path)["answers"] == 20 - n
+        assert sorted(map(json.dumps, read_jsonl(tmp_path/"log.jsonl"))) == sorted(map(json.dumps, full))
     fake.clear(); assert go(tmp_path)["answers"] == 0 and not fake
 
 def test_other_settings_are_told_apart(fake, tmp_path):

@@ -79,10 +79,13 @@ def test_safety_sees_a_decoder_that_changes_words():
     rows[1]["response"] = "Вот план."
     assert L.safety(rows)["changed_by_speculation"] == 1 and L.safety(rows)["think"]["refusal_pct"][0] == 100      # rates are the plain decoder's
 
-def test_command_line_of_limits(toy, tmp_path):
+def test_command_line_of_limits(toy, tmp_path, capsys):
     from tpro_nb.core import read_json, write_jsonl
     write_jsonl(tmp_path/"t.jsonl", [dict(text=t) for t in TEXTS])
     assert L.main(["long", toy, str(tmp_path/"o"), "--trained", "8", "--texts", str(tmp_path/"t.jsonl")]) == 0
     assert read_json(tmp_path/"o"/"long.json")["documents"] == 3 and (tmp_path/"o"/"position.csv").read_text().startswith("kind,factor,trained")
+    capsys.readouterr(); at = ["long", toy, str(tmp_path/"o"), "--trained", "8", "--texts", str(tmp_path/"t.jsonl"), "--at"]
+    assert L.main([*at, "20"]) == 0 and len(said := capsys.readouterr().out.splitlines()) == 5 and all("'from_token': 20" in l for l in said)      # one line a kind and factor
+    with pytest.raises(UserError, match="does not extrapolate"): L.main([*at, "128000"])
     for args, says in ((["long", toy, "o"], "--trained"), (["tau", toy, "o", "--trained", "8"], "--draft")):
         with pytest.raises(UserError, match=says): L.main(args)

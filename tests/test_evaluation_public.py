@@ -38,7 +38,10 @@ def test_sets_that_cannot_be_graded_say_so(tmp_path):
     with pytest.raises(UserError, match="not the form of Arena-Hard"): B.load_benchmark(SETS["Arena-Hard-Ru"], file(tmp_path, ROWS))
     for name in ("ruMATH-500", "MERA", "Arena-Hard-Ru"):
         with pytest.raises(UserError, match="no questions"): B.load_benchmark(SETS[name], file(tmp_path, []), rows=0)
-    with pytest.raises(UserError, match="not MERA's form"): B.load_mera(file(tmp_path, [dict(instruction="{text}", inputs={}, meta=dict(id=1))]))
+    for bad in (dict(inputs={}), dict(meta=dict(id=None)), dict(meta=dict(id=" ")), dict(instruction=""), dict(inputs=None)):
+        with pytest.raises(UserError, match="not MERA's form"): B.load_mera(file(tmp_path, [dict(instruction="{text}", inputs=dict(text="?"), meta=dict(id=1)) | bad]))
+    for bad in (dict(uid=None), dict(uid=""), dict(prompt=None), dict(prompt="  ")):
+        with pytest.raises(UserError, match="not the form of Arena-Hard"): B.load_arena(file(tmp_path, [dict(uid="a", prompt="?") | bad]))
 
 def test_options_are_shuffled_the_same_way_each_time(tmp_path):
     a, b = (B.load_benchmark(GPQA, file(tmp_path, CHOICE), rows=6) for _ in range(2))
@@ -242,6 +245,9 @@ def test_command_line_pairs_two_runs_and_takes_a_folder(tmp_path, capsys, monkey
     monkeypatch.setattr(B, "lm_eval", lambda tasks, folder, model: {tasks[0]: dict(acc=(.5, .1, .9))})
     assert B.main(["ruGPQA", file(tmp_path, CHOICE, "choice.jsonl"), str(tmp_path/"e"), "--rows", str(len(CHOICE)), "--path", "models/nano", "--lm-eval", "choice"]) == 0
     assert "acc 0.500 [0.100, 0.900]" in capsys.readouterr().out and read_json(tmp_path/"e"/"score.json") == dict(acc=[.5, .1, .9])
+    before = read_json(tmp_path/"a"/"score.json")
+    with pytest.raises(UserError, match="holds another run"): B.main(["ruMATH-500", rows, str(tmp_path/"a"), "--rows", "6", "--path", "models/nano", "--lm-eval", "generate"])
+    assert read_json(tmp_path/"a"/"score.json") == before and not list((tmp_path/"a").glob("*.yaml"))
 
 def test_arena_needs_both_orders_and_takes_length_out():
     rng = np.random.default_rng(3)
@@ -265,7 +271,7 @@ def test_lm_eval_goes_where_the_card_is(monkeypatch, tmp_path, gpu, device, dtyp
     import sys, torch
     from types import SimpleNamespace
     seen = {}
-    def evaluate(**kw): seen.update(kw); return dict(samples=dict(x=[dict(metrics=["acc"], acc=1.), dict(metrics=["acc"], acc=0.)]))
+    def evaluate(**kw): seen.update(kw); return dict(samples=dict(x=[dict(metrics=["acc"], acc=1., doc={}), dict(metrics=["acc"], acc=0., doc={})]))
     monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=evaluate)); monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=lambda **kw: None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert B.lm_eval(["x"], str(tmp_path), "models/nano")["x"]["acc"][0] == .5
@@ -276,8 +282,23 @@ def test_lm_eval_by_likelihood_and_over_the_server(served, tmp_path, monkeypatch
     monkeypatch.setenv("HF_HUB_OFFLINE", "1"); monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path/"cache"))
     ps = B.load_benchmark(GPQA, file(tmp_path, CHOICE), rows=6)
     toy_model(tmp_path/"m")
-    choice, ask = B.lm_eval_task(GPQA, ps, tmp_path/"tasks"), B.lm_eval_task(GPQA, ps, tmp_path/"tasks", "generate", max_tokens=12)
+    choice = B.lm_eval_task(GPQA, ps, tmp_path/"tasks")
     got = B.lm_eval([choice], tmp_path/"tasks", str(tmp_path/"m"), limit=4)[choice]
     assert set(got) == {"acc", "acc_norm"} and all(lo <= m <= hi for m, lo, hi in got.values())
-    over = B.lm_eval([ask], tmp_path/"tasks", f"{served} toy", limit=2)[ask]
-    assert over["exact_match"][0] == 0
+    ask = B.lm_eval_task(GPQA, ps, tmp_path/"tasks", "generate", max_tokens=12)
+    assert set(B.lm_eval([ask], tmp_path/"tasks", f"{served} toy", limit=2)[ask]) == {"correct"}
+
+def test_a_free_answer_is_graded_as_everywhere(tmp_path):
+    "exact_match of a whole reply is 0 for every model; a right box, a right number spelt otherwise, and a wrong thought before a right answer count."
+    row = lambda said, answer, options=(), family="math": dict(doc=dict(verifiable_answer=answer, options=list(options), family=family), resps=[[said]])
+    assert B.graded(row("<think>\\boxed{A}?</think>Шаги. \\boxed{B}", "B", "1234")) and not B.graded(row("\\boxed{C}", "B", "1234")) and not B.graded(row("<think>\\boxed{B}", "B", "1234"))
+    assert B.graded(row("Ответ: 0,5", "\\frac{1}{2}")) and B.graded(row("да.", "Да", family="MERA"))
+
+def test_lm_eval_scores_a_right_answer_as_right(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1"); monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path/"cache"))
+    for b, ps in ((GPQA, B.load_benchmark(GPQA, file(tmp_path, CHOICE), rows=6)), (MATH, math(tmp_path))):
+        key = {p["question"]: p["verifiable_answer"] for p in ps}; ask = B.lm_eval_task(b, ps, tmp_path/"tasks", "generate", max_tokens=12)
+        for wrong in (0, 6):
+            def say(body, n): return 200, f"<think>Сперва \\boxed{{Z}}.</think>Шаги.\n\\boxed{{{'Z' if n <= wrong else key[body['messages'][-1]['content'].strip()]}}}", "stop"
+            with Fake(say) as f: assert B.lm_eval([ask], tmp_path/"tasks", f.name)[ask]["correct"][0] == (not wrong)

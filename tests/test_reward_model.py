@@ -57,18 +57,18 @@ def judge_server():
 def test_llm_judge_is_asked_in_both_orders_and_its_verdicts_survive_a_kill(judge_server, tmp_path):
     url, H = judge_server
     texts, kept = ["x", "xxx", "xx", "xxxx"], lambda name: data.Kept(tmp_path/name)
-    judge = R.judge_at(url, "m", kept("a.jsonl")); H.seen.clear()
+    judge = R.server_at(f"{url} m", kept("a.jsonl"), "judge_url"); H.seen.clear()
     ask = R.both_orders(R.llm_judge(judge, "Вопрос?", texts))
     matches, pairs = R.knockout(4, ask)
     assert sorted(pairs) == [(1, 0), (3, 0), (3, 1), (3, 2)]
     assert len(H.seen) == 6 and H.seen[0][0] == "/v1/chat/completions" and H.seen[0][1]["model"] == "m" and H.seen[0][1]["temperature"] == 0
-    again = R.both_orders(R.llm_judge(R.judge_at(url, "m", kept("a.jsonl")), "Вопрос?", texts)); H.seen.clear()
+    again = R.both_orders(R.llm_judge(R.server_at(f"{url} m", kept("a.jsonl"), "judge_url"), "Вопрос?", texts)); H.seen.clear()
     assert R.knockout(4, again) == (matches, pairs) and not H.seen         # another process finds them on disk
     H.mode = "first"                                # position bias: everything is contradicted, nothing is kept
-    matches, pairs = R.knockout(4, R.both_orders(R.llm_judge(R.judge_at(url, "m", kept("b.jsonl")), "Вопрос?", texts)))
+    matches, pairs = R.knockout(4, R.both_orders(R.llm_judge(R.server_at(f"{url} m", kept("b.jsonl"), "judge_url"), "Вопрос?", texts)))
     assert pairs == [] and all(m["verdict"] is None for m in matches)
     H.mode = "mute"
-    assert [m["verdict"] for m in R.knockout(2, R.both_orders(R.llm_judge(R.judge_at(url, "m", kept("c.jsonl")), "Вопрос?", texts)))[0]] == [0]
+    assert [m["verdict"] for m in R.knockout(2, R.both_orders(R.llm_judge(R.server_at(f"{url} m", kept("c.jsonl"), "judge_url"), "Вопрос?", texts)))[0]] == [0]
 
 def test_tournaments_side_by_side_make_the_same_pairs():
     some = [r for i in range(12) for r in rows(["correct", "wrong", "wrong", "correct"], f"q{i}")]
@@ -76,7 +76,36 @@ def test_tournaments_side_by_side_make_the_same_pairs():
     assert R.make_pairs(some, judge, 3, workers=8) == R.make_pairs(some, judge, 3)
 
 def test_unreachable_judge_says_so(tmp_path):
-    with pytest.raises(core.UserError, match="judge_url http://127.0.0.1:9/v1.*leave it empty"): R.judge_at("http://127.0.0.1:9/v1", "m", data.Kept(tmp_path/"v.jsonl"))
+    with pytest.raises(core.UserError, match="judge_url http://127.0.0.1:9/v1.*leave it empty"): R.server_at("http://127.0.0.1:9/v1 m", data.Kept(tmp_path/"v.jsonl"), "judge_url")
+
+@pytest.fixture
+def answer_server():
+    "An OpenAI-compatible server whose thoughts come apart, as SGLang's reasoning parser sends them."
+    class H(BaseHTTPRequestHandler):
+        seen, down = [], False
+        def log_message(self, *a): pass
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"]))); H.seen.append(body)
+            think = body.get("chat_template_kwargs", {}).get("enable_thinking")
+            out = json.dumps(dict(choices=[dict(finish_reason="stop", message=dict(content=f"Ответ: {body.get('seed', 0) % 3}", reasoning_content="2 + 3" if think else None))])).encode()
+            self.send_response(200); self.send_header("Content-Length", str(len(out))); self.end_headers(); self.wfile.write(out)
+    s = HTTPServer(("127.0.0.1", 0), H); threading.Thread(target=s.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{s.server_port}/v1 07_sft", H
+    s.shutdown()
+
+def test_a_server_answers_for_a_model_and_nothing_is_asked_twice(answer_server, tmp_path):
+    name, H = answer_server
+    path = str(core.toy("07_sft/model"))
+    def ask(out, server=name): return R.sample([dict(name="07_sft", path=path, mode=m, n=3, server=server) for m in ("think", "direct")], [dict(id=f"p{i}", prompt=f"2 + {i}?", answer="2") for i in range(4)],
+                                 str(tmp_path/out), str(tmp_path/"w"), temperature=1.0, max_new_tokens=dict(think=64, direct=8), batch_size=6, seed=1)
+    ask("a.jsonl"); rows = core.read_jsonl(tmp_path/"a.jsonl")
+    assert len(rows) == 24 and {r["text"].split("Ответ")[0] for r in rows if r["mode"] == "think"} == {"<think>2 + 3</think>"} and {r["verdict"] for r in rows} == {"correct", "wrong"}
+    tok = core_tok(path)
+    assert all(tok.decode(r["ids"]) == r["text"] + "<|im_end|>" for r in rows)
+    asked = H.seen[:]; assert len(asked) == 25 and sum(b["max_tokens"] == 64 for b in asked) == 12          # one of them the first question, of one token
+    for f in (tmp_path/"w").glob("sample-*"): f.unlink()                                                    # killed before a chunk was written: the answers are there
+    ask("b.jsonl"); assert len(H.seen) == 26 and core.read_jsonl(tmp_path/"b.jsonl") == rows
+    with pytest.raises(core.UserError, match="servers http://127.0.0.1:9/v1 m: no answer"): ask("c.jsonl", "http://127.0.0.1:9/v1 m")
 
 def test_chunks_of_prompts_draw_independently(tmp_path):
     "The same question twice, in two chunks: with one stream for all chunks the answers would be the same; and two models answer a chunk under the same luck."
@@ -86,6 +115,10 @@ def test_chunks_of_prompts_draw_independently(tmp_path):
     by = lambda f: [[r["ids"] for r in core.read_jsonl(tmp_path/f) if r["id"] == f"p{i}"] for i in range(3)]
     a, b, c = by("a.jsonl")
     assert a != b and b != c and a != c and by("b.jsonl") == [a, b, c]
+
+def core_tok(path):
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(path)
 
 def rows(verdicts, pid="q"): return [dict(id=pid, prompt="2 + 3?", source="07_sft", mode="direct", text=f"Ответ: {i}", verdict=v) for i, v in enumerate(verdicts)]
 

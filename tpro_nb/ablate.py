@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['FACTORS', 'STILL', 'OFF', 'ANSWERS', 'SPEED', 'POOL', 'EARLY', 'BETWEEN', 'WITHIN', 'ENGLISH', 'RESPONSES',
            'SURPRISE', 'cells', 'name_of', 'cell_params', 'tokens', 'needed', 'altered', 'keys_of', 'adopt',
-           'random_head', 'recut', 'run_cell', 'shared', 'paired_cells', 'statsmodels', 'judged', 'effects',
-           'answer_bits', 'surprise', 'measured', 'mean_ci', 'shares', 'ablate', 'forest', 'curves', 'report', 'main',
-           'profile_name']
+           'random_head', 'recut', 'run_cell', 'shared', 'paired_cells', 'mean_ci', 'statsmodels', 'judged', 'effects',
+           'over_seeds', 'answer_bits', 'surprise', 'measured', 'shares', 'ablate', 'forest', 'curves', 'report',
+           'main', 'profile_name']
 
 # %% ../nbs/92_ablate.ipynb #ab920003
 import argparse, csv, importlib, io, itertools, shutil
@@ -138,7 +138,7 @@ def shared(code: dict, plans: list[tuple[dict, dict]], targets: list[str]) -> di
 
 # %% ../nbs/92_ablate.ipynb #ab920016
 EARLY = ("vocabulary", "midtraining")
-BETWEEN = {"vocabulary": "vocabulary", "midtraining": "midtraining", "vocabulary:midtraining": "vocabulary × midtraining"}
+BETWEEN = {"midtraining": "midtraining", "vocabulary:midtraining": "vocabulary × midtraining"}       # inside one vocabulary and seed
 WITHIN = {"Intercept": "reward", "vocabulary:midtraining": "dpo", "vocabulary": "vocabulary × reward (or midtraining × dpo)", "midtraining": "midtraining × reward (or vocabulary × dpo)"}   # of reward × response: dpo = vocabulary·midtraining·reward
 
 def paired_cells(rows: list[dict], response: str, early: bool):
@@ -150,6 +150,15 @@ def paired_cells(rows: list[dict], response: str, early: bool):
     data = data.assign(y=data[response], d=data["reward"]*data[response])
     if early and (data.groupby([*EARLY, "seed"])["y"].nunique() > 1).any(): raise UserError(f"{response} differs between cells that share everything it depends on: these are not one run's cells")
     return data.groupby([*EARLY, "seed"], as_index=False)[["y", "d"]].mean()
+
+# %% ../nbs/92_ablate.ipynb #ab920027
+def mean_ci(values: list[float]) -> tuple[float, float | None, float | None]:
+    "Mean and its 95 % t interval; no interval for one value or for equal ones."
+    from scipy.stats import ttest_1samp
+    mean = sum(values)/len(values)
+    if len(set(values)) < 2: return mean, None, None
+    ci = ttest_1samp(values, 0).confidence_interval()
+    return mean, float(ci.low), float(ci.high)
 
 # %% ../nbs/92_ablate.ipynb #ab920028
 def statsmodels(part: str):
@@ -168,13 +177,19 @@ def effects(rows: list[dict], response: str,
            ) -> list[dict]:
     "Effects (on minus off) with 95 % intervals, p after Holm, and a verdict; rows need the factors at ±1, seed, and the response."
     smf, pairs, out = statsmodels("formula.api"), paired_cells(rows, response, early), []
-    alias = {} if early else {"vocabulary × midtraining": "vocabulary × midtraining (or reward × dpo)"}
-    for column, blocks, terms in [("y", " + C(seed)", BETWEEN)] + ([] if early else [("d", "", WITHIN)]):
-        still = bool(abs(pairs[column] - pairs[column].mean()).max() < 1e-12 and (column == "y" or abs(pairs[column].mean()) < 1e-12))
-        fit = smf.ols(f"{column} ~ vocabulary*midtraining{blocks}", pairs).fit(); ci = fit.conf_int()
+    alias, nothing = {} if early else {"vocabulary × midtraining": "vocabulary × midtraining (or reward × dpo)"}, dict(effect=0., lo=None, hi=None, p=None)
+    still = {c: bool(abs(pairs[c] - pairs[c].mean()*(c == "y")).max() < 1e-12) for c in "yd"}       # every cell alike; no pair differs
+    out.append(dict(term="vocabulary") | (nothing if still["y"] else over_seeds([2*g for g in pairs.assign(g=pairs["vocabulary"]*pairs["y"]).groupby("seed")["g"].mean()])))
+    for column, model, terms in [("y", "C(seed)*vocabulary + midtraining + vocabulary:midtraining", BETWEEN)] + ([] if early else [("d", "vocabulary*midtraining", WITHIN)]):
+        fit = smf.ols(f"{column} ~ {model}", pairs).fit(); ci = fit.conf_int()
         for t, said in terms.items():
-            out.append(dict(term=alias.get(said, said)) | (dict(effect=0., lo=None, hi=None, p=None) if still else dict(effect=2*fit.params[t], lo=2*ci.loc[t, 0], hi=2*ci.loc[t, 1], p=fit.pvalues[t])))
+            out.append(dict(term=alias.get(said, said)) | (nothing if still[column] else dict(effect=2*fit.params[t], lo=2*ci.loc[t, 0], hi=2*ci.loc[t, 1], p=fit.pvalues[t])))
     return judged(out)
+
+def over_seeds(values: list[float]) -> dict:
+    "One difference a seed → its mean, 95 % t interval and p; no p where they do not vary."
+    from scipy.stats import ttest_1samp
+    return dict(zip(("effect", "lo", "hi"), mean_ci(values))) | dict(p=float(ttest_1samp(values, 0).pvalue) if len(set(values)) > 1 else None)
 
 # %% ../nbs/92_ablate.ipynb #ab920019
 ENGLISH = (0., 5., 10., 20., 40.)
@@ -209,19 +224,9 @@ def measured(run: Path, speed: bool) -> dict:
     want = RESPONSES | (dict(speedup=(SPEED, "chain_speedup"), acceptance_length=(SPEED, "chain_acceptance_length")) if speed else {})
     return {k: read_json(run/s/"metrics.json").get(m) for k, (s, m) in want.items()} | surprise(run)
 
-# %% ../nbs/92_ablate.ipynb #ab920027
-def mean_ci(values: list[float]) -> tuple[float, float | None, float | None]:
-    "Mean and its 95 % t interval; no interval for one value or for equal ones."
-    from scipy.stats import ttest_1samp
-    mean = sum(values)/len(values)
-    if len(set(values)) < 2: return mean, None, None
-    ci = ttest_1samp(values, 0).confidence_interval()
-    return mean, float(ci.low), float(ci.high)
-
 # %% ../nbs/92_ablate.ipynb #ab92e003
 def shares(rows: list[dict], response: str) -> list[dict]:
     "A sweep's means with 95 % t intervals over seeds, and differences to its smallest share seed by seed: p after Holm, and a verdict."
-    from scipy.stats import ttest_1samp
     at = lambda e: [r[response] for r in sorted(rows, key=lambda r: r["seed"]) if r["english_pct"] == e]
     least, *more = sorted({r["english_pct"] for r in rows})
     if len({tuple(sorted(r["seed"] for r in rows if r["english_pct"] == e)) for e in (least, *more)}) > 1: raise UserError(f"{response}: every seed needs every share once")
@@ -229,7 +234,7 @@ def shares(rows: list[dict], response: str) -> list[dict]:
     means = [row(f"{e:g} % English", at(e)) | dict(p=None, verdict="mean") for e in (least, *more)]
     if len(at(least)) < 2: return means                     # one seed: nothing to judge a difference by
     gaps = {e: [b - a for a, b in zip(at(least), at(e))] for e in more}
-    return means + judged([row(f"{e:g} minus {least:g} % English", g) | dict(p=float(ttest_1samp(g, 0).pvalue) if len(set(g)) > 1 else None) for e, g in gaps.items()])
+    return means + judged([dict(term=f"{e:g} minus {least:g} % English") | over_seeds(g) for e, g in gaps.items()])
 
 # %% ../nbs/92_ablate.ipynb #ab920020
 def ablate(root: Path, profile: str, seeds: list[int], out: str, speed: bool = False, sweep: str = "", changes: dict | None = None, dry: bool = False, say=print) -> list[dict]:
@@ -313,7 +318,8 @@ def report(rows: list[dict], out: Path, sweep: str = "", say=print) -> list[dict
         if sweep: table += [dict(response=name) | t for t in shares(rows, name)]
         else: table += [dict(response=name) | e for e in effects(rows, name, RESPONSES.get(name, [""])[0] == "06_midtraining")]
         if name == "speedup" and not sweep:
-            m, lo, hi = mean_ci([r[name] for r in rows]); table.append(dict(response=name, term="eagle (speed with the draft over speed without, mean of the cells)", effect=m, lo=lo, hi=hi, p=None, verdict="mean"))
+            by_seed = [sum(v)/len(v) for s in sorted({r["seed"] for r in rows}) for v in [[r[name] for r in rows if r["seed"] == s]]]         # cells of a seed share their luck
+            m, lo, hi = mean_ci(by_seed); table.append(dict(response=name, term="eagle (speed with the draft over speed without, mean of the seeds' means)", effect=m, lo=lo, hi=hi, p=None, verdict="mean"))
     buf, to = io.StringIO(), Path(out)/f"{sweep or 'effects'}.csv"
     w = csv.DictWriter(buf, fieldnames=list(table[0])); w.writeheader(); w.writerows(table); atomic_write(to, buf.getvalue())
     size = f"{len(rows)} nano chains, {len({r['seed'] for r in rows})} seeds"

@@ -11,13 +11,14 @@ __all__ = ['Found', 'RECOMPUTE', 'LANGUAGES', 'SCORES', 'CLASS', 'SIZES', 'PLANN
            'dpo_cross_mode', 'two_places', 'wins_losses', 'split', 'most_of', 'problems', 'at_least', 'rank',
            'tmath_order', 'leads_class', 'direct_above_think', 'ruadapt_suspect', 'fastest', 'length_caps_speed',
            'cycle_cost', 'table2_mean', 'modes_alike', 'think_is_slower', 'heat_slows', 'table21_mean', 'table21_ratio',
-           'code_is_fastest', 'bandwidth_bound', 'compound', 'batch_shrinks', 'estimate', 'footprint', 'paper_plan',
-           'plan_table', 'plan_sizes', 'plan_against_paper', 'plan_within', 'compute_against_roubles', 'plan_rows',
-           'plan', 'plan_against_run', 'value_of', 'where', 'judge', 'claim_table', 'units', 'unit_of', 'figure',
-           'with_interval', 'costs', 'verdict', 'ledger', 'counts', 'plain', 'captions', 'as_data', 'stage_view',
-           'key_numbers', 'study', 'study_folder', 'table_of', 'told', 'ablation_view', 'sweep_view', 'grid_view',
-           'bench_view', 'by_position', 'long_view', 'tau_view', 'safety_view', 'studies', 'evidence', 'summary',
-           'mixed', 'metrics_of', 'report', 'beside', 'unlike', 'compare', 'ledger_html']
+           'code_is_fastest', 'bandwidth_bound', 'compound', 'batch_shrinks', 'estimate', 'attention_share',
+           'footprint', 'paper_plan', 'plan_table', 'plan_sizes', 'sizes_table', 'plan_against_paper', 'plan_beside',
+           'compute_against_roubles', 'tokens_of', 'plan_rows', 'run_params', 'plan', 'plan_against_run', 'beside_run',
+           'plan_text', 'value_of', 'where', 'judge', 'claim_table', 'units', 'unit_of', 'figure', 'with_interval',
+           'costs', 'verdict', 'ledger', 'counts', 'plain', 'captions', 'as_data', 'stage_view', 'key_numbers', 'study',
+           'study_folder', 'table_of', 'told', 'ablation_view', 'sweep_view', 'grid_view', 'bench_view', 'by_position',
+           'long_view', 'tau_view', 'safety_view', 'studies', 'evidence', 'summary', 'mixed', 'metrics_of', 'report',
+           'beside', 'unlike', 'compare', 'ledger_html']
 
 # %% ../nbs/16_claims.ipynb #ba99a05b
 import base64, csv, functools, html, io, json, math, re, time
@@ -260,11 +261,14 @@ def table17_totals() -> Found:
 
 @recomputes
 def table17_better(a: str, b: str) -> Found:
+    "Is the total of `a` higher, and not by one subset alone?"
     cols, t = ("factuality", "focus", "math", "precise_if", "safety"), {r["model"]: r for r in paper("paper_table17.csv")}
     x, y = t[a], t[b]
     ahead = ", ".join(f"{c} {x[c]} against {y[c]}" for c in cols if x[c] > y[c])
     twins = [m for m, r in t.items() if m != b and all(r[c] == y[c] for c in cols)]
-    return f"{a}: {x['total']}; {b}: {y['total']}; ahead on {ahead}" + (f"; the table prints {b} and {', '.join(twins)} as the same figures" if twins else ""), x["total"] > y["total"]
+    lean = [c for c in cols if sum(x[o] - y[o] for o in cols if o != c) < 0]                 # without this one the order turns round
+    said = f"{a}: {x['total']}; {b}: {y['total']}; ahead on {ahead}" + "".join(f"; without {c} it would be behind, {np.mean([x[o] for o in cols if o != c]):.3f} against {np.mean([y[o] for o in cols if o != c]):.3f}" for c in lean)
+    return said + (f"; the table prints {b} and {', '.join(twins)} as the same figures" if twins else ""), False if x["total"] <= y["total"] else None if lean else True
 
 @recomputes
 def table18_first(stated: str) -> Found:
@@ -466,6 +470,11 @@ def estimate(stage: str,              # its name
                 wall_h=None if hours is None else hours/gpus, usd=usd, rub=None if usd is None else usd*rub_per_usd,
                 kwh=None if None in (hours, watts) else hours*watts/1000, mfu=mfu, gpus=gpus, note=note)
 
+# %% ../nbs/16_claims.ipynb #c1a10001
+def attention_share(context: float) -> float:
+    "What causal attention over `context` tokens adds to Qwen3-32B's 2N FLOP a token: scores and sums, half of them masked; the backward pass keeps the ratio."
+    return 2*context*recipe("model", "attention_width")*recipe("model", "layers")/(2*recipe("model", "parameters"))
+
 # %% ../nbs/16_claims.ipynb #c7d10e02
 def footprint(row: dict, per_token: float) -> dict:
     "A plan's row with memory_gb (states on one card, no activations) and disk_gb (model, one checkpoint, tokens), in 10^9 bytes."
@@ -513,8 +522,12 @@ def plan_sizes(card_gb: float = 80., **price) -> list[dict]:
     for size, n in SIZES.items():
         rows = paper_plan(params=n, **price)
         most = max(r["memory_gb"]*r["gpus"] for r in rows if r["stage"] in ("midtraining", "sft", "dpo"))
-        out.append(dict(size=size, states_gb=most, cards=math.ceil(most/(.8*card_gb)), **{k: sum(r[k] or 0 for r in rows) for k in ("gpu_h", "usd", "rub", "kwh", "disk_gb")}))
+        out.append(dict(size=size, states_gb=most, cards=math.ceil(most/(.8*card_gb)), **{k: sum(r[k] or 0 for r in rows) for k in ("flop", "gpu_h", "wall_h", "usd", "rub", "kwh", "disk_gb")}))
     return out
+
+def sizes_table() -> str:
+    "`plan_sizes` as text, one line a size."
+    return "\n".join(f"{r['size']:>5}  {r['flop']:.1e} FLOP  {r['gpu_h']:>6,.0f} H100-h  {r['wall_h']:>5,.0f} h on the paper's cards  ${r['usd']:>7,.0f}  {r['rub']/1e6:>5.2f}M roubles  {r['kwh']:>6,.0f} kWh  states {r['states_gb']:>5,.0f} GB on at least {r['cards']:>2} cards  disk {r['disk_gb']:>5,.0f} GB" for r in plan_sizes())
 
 # %% ../nbs/16_claims.ipynb #2127e201
 def plan_against_paper(stage: str) -> tuple[float, float]:
@@ -522,9 +535,12 @@ def plan_against_paper(stage: str) -> tuple[float, float]:
     return next(r["gpu_h"] for r in paper_plan() if r["stage"] == stage), recipe(stage, "hours")*recipe(stage, "gpus")
 
 @recomputes
-def plan_within(stage: str, factor: str) -> Found:
+def plan_beside(stage: str) -> Found:
+    "Planned beside published hours. No verdict: the utilisation (and DPO's padding) are assumed, and another value would give other hours."
     ours, theirs = plan_against_paper(stage)
-    return f"planned {ours:,.0f} H100-h, published {theirs:,.0f}: factor {ours/theirs:.2f}", max(ours/theirs, theirs/ours) <= float(factor)
+    row, full = recipe("sft", "counted_tokens")/recipe("sft", "counted_rows"), recipe("dpo", "context")
+    more = [f"{ours*(1 + attention_share(n)):,.0f} with attention over {n:,.0f} tokens (factor {ours*(1 + attention_share(n))/theirs:.2f})" for n in ([row, full] if stage == "sft" else [full])]
+    return f"planned {ours:,.0f} H100-h at an assumed 40 % MFU, published {theirs:,.0f}: factor {ours/theirs:.2f}; attention is not counted: {', '.join(more)}", None
 
 @recomputes
 def compute_against_roubles() -> Found:
@@ -532,30 +548,72 @@ def compute_against_roubles() -> Found:
     return f"planned training compute at $3 an hour and 80 roubles a dollar: {rub/1e6:.1f}M roubles, {100*rub/stated:.0f} % of the sum; people, data and failed runs are not in it", None
 
 # %% ../nbs/16_claims.ipynb #74dab508
-PLANNED = [("midtraining", "midtrain", 6), ("sft", "sft", 6), ("reward model", "rm", 6), ("dpo", "dpo", 8), ("eagle draft", "draft", 2)]
+PLANNED = [("midtraining", "midtrain", 6, "06_midtraining"), ("sft", "sft", 6, "07_sft"), ("reward model", "rm", 6, "08_reward_model"), ("dpo sampling", "dpo_sampling", 2, "09_dpo"), ("dpo", "dpo", 8, "09_dpo"), ("eagle draft", "draft", 2, "11_eagle_draft")]
 
-def plan_rows(p: dict) -> list[dict]:
-    "The plan of one profile, from the `plan_*` parameters of this chapter."
-    common = dict(mfu=p["plan_mfu"], gpus=p["plan_gpus"], peak_tflops=p["plan_peak_tflops"], device=p["plan_device"], watts=p["plan_watts"],
-                  usd_per_gpu_h=p["usd_per_gpu_h"], rub_per_usd=p["rub_per_usd"])
-    tokens = {short: p[f"plan_{short}_mtok"] for _, short, _ in PLANNED}
-    return [footprint(estimate(name, p["plan_params_b"]*1e9, None if tokens[short] is None else tokens[short]*1e6, k,
-                               note=f"{k} FLOP per parameter and token", **common), k) for name, short, k in PLANNED]
+def tokens_of(stages: dict[str, dict],             # parameters of a profile or a run, by stage
+              row: float | None, gpus: int,        # tokens of a row that is not packed; cards
+              metrics: dict[str, dict] = {},       # of a run that has been
+             ) -> dict[str, tuple[float, str]]:    # by the plan's short names: tokens, and where the number is from
+    "Tokens that every training reads, by its stage's parameters or, where the stage counted them, by its metrics."
+    out, own = {}, lambda s: stages.get(s) or {}
+    def put(short, n, of="parameters"): out[short] = (n, of)
+    def steps(p, size): return p["steps"]*p["batch"]*p["accumulate"]*gpus*size
+    if p := own("06_midtraining"): put("midtrain", steps(p, p["context"]))
+    if (p := own("07_sft")).get("steps") and (p["packing"] or row): put("sft", steps(p, p["context"] if p["packing"] else row))
+    if row and (p := own("08_reward_model")): put("rm", steps(p, 2*row))
+    if row and (p := own("09_dpo")).get("prompts"): put("dpo_sampling", p["prompts"]*p["n"]*row); put("dpo", p["prompts"]*p["epochs"]*2*row)
+    if p := own("11_eagle_draft"): put("draft", (p["base_tokens"] + p["chain_tokens"])*(p["epochs"] if p["online"] else 1))
+    for _, short, _, stage in PLANNED:
+        m = metrics.get(stage, {})
+        if short != "dpo_sampling" and m.get("train_tokens"): put(short, m["train_tokens"], "counted")
+        if short == "draft" and m.get("data_tokens"): put(short, m["data_tokens"] + (m.get("chain_data_tokens") or 0), "counted")
+    return out
+
+# %% ../nbs/16_claims.ipynb #c1a10003
+def plan_rows(p: dict, known: dict[str, tuple[float, str]] = {}) -> list[dict]:
+    "The plan of one profile, from the `plan_*` parameters of this chapter and `tokens_of` its stages."
+    common = dict(gpus=p["plan_gpus"], peak_tflops=p["plan_peak_tflops"], device=p["plan_device"], watts=p["plan_watts"], usd_per_gpu_h=p["usd_per_gpu_h"], rub_per_usd=p["rub_per_usd"])
+    def tokens(short):
+        n, of = known.get(short, (None, "nobody says"))
+        return (n, of) if p[f"plan_{short}_mtok"] is None or of == "counted" else (p[f"plan_{short}_mtok"]*1e6, "stated")
+    return [footprint(estimate(name, p["plan_params_b"]*1e9, n, k, mfu=p["plan_gen_mfu" if short == "dpo_sampling" else "plan_mfu"], note=f"{k} FLOP per parameter and token; tokens: {of}", **common), k)
+            for name, short, k, _ in PLANNED for n, of in [tokens(short)]]
+
+def run_params(run_dir: Path) -> dict[str, dict]:
+    "Parameters of a run's stages, from their stamps."
+    return {f.parent.name: (read_json(f).get("code_key") or {}).get("params") or {} for f in sorted(Path(run_dir).glob("[0-9]*/stamp.json"))}
 
 def plan(params_dir: Path) -> list[dict]:
     "The plan of a profile's folder, params/<profile>."
-    f = Path(params_dir)/"16_claims.yaml"
-    if not f.exists(): raise UserError(f"{params_dir} has no 16_claims.yaml, so there is nothing to plan; profiles with a plan: smoke, cpu, h100, h100x32")
-    return plan_rows(yaml.safe_load(f.read_text(encoding="utf-8")))
+    stages = {f.stem: yaml.safe_load(f.read_text(encoding="utf-8")) for f in sorted(Path(params_dir).glob("[0-9]*.yaml"))}
+    if "16_claims" not in stages: raise UserError(f"{params_dir} has no 16_claims.yaml, so there is nothing to plan; profiles with a plan: smoke, cpu, h100, h100x32")
+    own = stages["16_claims"]
+    return plan_rows(own, tokens_of(stages, own["plan_row_tokens"], own["plan_gpus"]))
 
+# %% ../nbs/16_claims.ipynb #c1a10004
 def plan_against_run(run_dir: Path, rows: list[dict]) -> list[dict]:
-    "Planned minutes of training beside the minutes that the run's stage took in all (its stamp: loading and measuring included)."
-    stages, out = dict(zip([n for n, *_ in PLANNED], ("06_midtraining", "07_sft", "08_reward_model", "09_dpo", "11_eagle_draft"))), []
-    for r in rows:
-        f = Path(run_dir)/stages[r["stage"]]/"stamp.json"
+    "Planned minutes of a stage's training beside the minutes that the run's stage took in all (its stamp: loading and measuring included)."
+    out = []
+    for stage in dict.fromkeys(s for *_, s in PLANNED):
+        hours = [r["wall_h"] for r in rows if r["wall_h"] is not None and any(n == r["stage"] and s == stage for n, *_, s in PLANNED)]
+        f = Path(run_dir)/stage/"stamp.json"
         took = read_json(f).get("seconds") if f.exists() else None
-        out.append(dict(stage=r["stage"], planned_min=None if r["wall_h"] is None else 60*r["wall_h"], stage_min=None if took is None else took/60))
+        out.append(dict(stage=stage, planned_min=60*sum(hours) if hours else None, stage_min=None if took is None else took/60))
     return out
+
+def beside_run(rows: list[dict]) -> str:
+    "`plan_against_run` as text."
+    said = lambda v: "   not known" if v is None else f"{v:8.2f} min"
+    return "\n".join(f"{r['stage']:<16} planned {said(r['planned_min'])}   took {said(r['stage_min'])}" for r in rows)
+
+def plan_text(params_dir: Path, runs: list[Path]) -> str:
+    "What `tpro-nb plan` prints: the table, its rates, the recipe by size, the checks against the paper, and a run's minutes where there is one."
+    rows, rate = plan(params_dir), lambda v: "not known" if v is None else f"{v:g}"
+    p = yaml.safe_load((Path(params_dir)/"16_claims.yaml").read_text(encoding="utf-8"))
+    text = [plan_table(rows), f"rates: dollars a card-hour {rate(p['usd_per_gpu_h'])}, roubles a dollar {rate(p['rub_per_usd'])}, watts a card {rate(p['plan_watts'])}, peak TFLOP/s {rate(p['plan_peak_tflops'])}; MFU of the counted operations, attention not among them (over 32,768 tokens it adds {100*attention_share(32768):.0f} % at 32B)",
+            "the paper's recipe by size of Qwen3, on H100:\n" + sizes_table(), "against the paper:\n" + "\n".join(f"{s:4} {plan_beside(s)[0]}" for s in ("sft", "dpo"))]
+    if run := next((r for r in runs if any((r/s/"stamp.json").exists() for *_, s in PLANNED)), None): text.append(f"planned training and the whole stage as it ran ({run.parent.name}/{run.name}):\n" + beside_run(plan_against_run(run, rows)))
+    return "\n\n".join(text)
 
 # %% ../nbs/16_claims.ipynb #1028823b
 CONDITION = re.compile(r"(\S+)\s+(above|below|reaches|within|>=|<=|=|>|<)\s+(?:([\d.]+)\*)?(\S+)$")
@@ -667,12 +725,12 @@ def ledger(metrics: dict[str, dict],    # stage → its metrics.json
         cost = row["cost"].format(**price)
         word, why = verdict(row, metrics, decides, cost)
         sides = [k for c in row["rule"].split(" and ") if row["rule"] for k in (CONDITION.match(c.strip())[1], CONDITION.match(c.strip())[4])]
-        keys = list(dict.fromkeys(where(k, metrics) for k in sides if "/" in k))
+        keys = list(dict.fromkeys(where(k, metrics) for k in [*sides, *row["beside"].split()] if "/" in k))
         values = [dict(key=k, stage=k.split("/")[0], metric=k.split("/")[1], value=v, lo=lo, hi=hi, unit=unit_of(*k.split("/"))[0]) for k in keys for v, lo, hi in [value_of(k, metrics)] if v is not None]
         out.append(dict(id=row["id"], area=row["area"], source=row["source"], claim=row["claim"], paper=row["paper"],
                         found=recompute(row["recompute"])[0] if row["recompute"] else None, values=values,
                         on="arithmetic on the paper's figures" if row["recompute"] else row["on"].format(model=model or "the run's model", hardware=hardware or "the run's machine") if values else None,
-                        by=row["recompute"] or row["rule"] or None, verdict=word, why=why, cost=cost or None))
+                        by=row["recompute"] or row["rule"] or None, study=row["study"] or None, verdict=word, why=why, cost=cost or None))
     return out
 
 def counts(claims: list[dict]) -> dict[str, int]:
@@ -834,7 +892,7 @@ def safety_view(folder: Path) -> dict:
     names = dict(refusal_pct="harmful probes refused", over_refusal_pct="benign probes refused", secret_said_pct="secrets said in the answer", secret_thought_pct="secrets in the thoughts", no_answer_pct="no answer: empty, or the block never closed")
     show = lambda v: "–" if v is None else with_interval(*v) if isinstance(v, list) else figure(v)
     changed = "" if j.get("changed_by_speculation") is None else f" Speculation changed {j['changed_by_speculation']} of {j['asked']} replies."
-    return dict(text=f"Does the model refuse what it should, only that, and keep a secret in its thoughts as well as in its answer? {j.get('model')}: 24 probes of our own in both modes, {j.get('decoding')}, at most {j.get('new_tokens')} tokens a reply; exact 95 % intervals, wide because a kind has few probes. Refusals are known by their words.{changed}",
+    return dict(text=f"Does the model refuse what it should, only that, and keep a secret in its thoughts as well as in its answer? {j.get('model')}: 24 probes of our own in both modes, {j.get('decoding')}, at most {j.get('new_tokens')} tokens a reply; exact 95 % intervals, wide because a kind has few probes. Refusals are known by their words; in the thoughts only the secrets are looked for, not what else may be unsafe there.{changed}",
                 figures=[], tables=[table_of([dict(name=n) | {m: show(j[m].get(k)) for m in modes} for k, n in names.items()], "", per_cent="name", **{m: m for m in modes})])
 
 # %% ../nbs/16_claims.ipynb #57d1e50b
@@ -845,7 +903,7 @@ def studies(run_dir: Path) -> list[dict]:
         if (folder := study_folder(file, run_dir)) is None: continue
         try: v = view(folder)
         except (KeyError, TypeError, ValueError, IndexError) as e: raise UserError(f"{folder/file} is not a table that its chapter writes ({type(e).__name__}: {e}). Delete it, or run its chapter again.") from e
-        out.append(dict(id=Path(file).stem, title=title, text=v["text"], folder=str(folder.relative_to(root)) if root and folder.is_relative_to(root) else folder.name,
+        out.append(dict(id=Path(file).stem, file=file, title=title, text=v["text"], folder=str(folder.relative_to(root)) if root and folder.is_relative_to(root) else folder.name,
                         committed="reference" in folder.parts[-2:], figures=[dict(data=as_data(p), caption=c, name=p.name if isinstance(p, Path) else "") for p, c in v["figures"]], tables=v["tables"]))
     return out
 
@@ -879,7 +937,7 @@ def summary(metrics: dict[str, dict]) -> list[str]:
         acc, gap = ([None if v is None else 100*v + 1e-9 for v in x] for x in (test, gap))
     else:
         acc, gap = ([get("07_sft", k + e) for k, e in keys] for keys in ((("acc_think_pct", ""), ("acc_direct_pct", "")), tuple(("think_minus_direct_pct", e) for e in ("", "_lo", "_hi"))))
-        where = "of the development problems, which also chose sizes and rates,"
+        where = "of chapter 07's problems, greedily,"
     if None not in acc:
         said.append(f"After SFT the model answers {acc[0]:.0f} % {where} when it thinks first and {acc[1]:.0f} % when it does not" + (f", a difference of {gap[0]:.0f} points (95 % interval {gap[1]:.0f} to {gap[2]:.0f})." if None not in gap else "."))
     if (s := get("14_eagle_speedup", "speedup")) is not None and (a := get("14_eagle_speedup", "acceptance_length")) is not None:
@@ -915,8 +973,8 @@ def report(run_dir: Path,             # a run's folder
     licences = sorted({(k, v) for s in stages for k, v in (s["stamp"].get("licences") or {}).items()})
     env = next((s["stamp"]["environment"] for s in stages if s["stamp"].get("environment")), None)
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string((_tables()/"report.html.j2").read_text(encoding="utf-8"))
-    text = page.render(run=c["run"], model=c["model"], hardware=c["hardware"], decides=c["decides"], claims=c["claims"], evidence=evidence(c["claims"], {s["stage"]: s["stamp"] for s in stages}, c["run"]), verdicts=VERDICTS, summary=summary(metrics), studies=studies(run_dir), costs=costs(),
-                       areas=list(dict.fromkeys(r["area"] for r in c["claims"])), stages=stages, mixed=mixed({s["stage"]: s["stamp"] for s in stages}), licences=licences, env=env, plan=paper_plan(), sizes=plan_sizes(),
+    text = page.render(run=c["run"], model=c["model"], hardware=c["hardware"], decides=c["decides"], claims=c["claims"], evidence=evidence(c["claims"], {s["stage"]: s["stamp"] for s in stages}, c["run"]), verdicts=VERDICTS, summary=summary(metrics), studies=studies(run_dir), titles={f: (Path(f).stem, t) for f, (t, _) in STUDIES.items()}, costs=costs(),
+                       areas=list(dict.fromkeys(r["area"] for r in c["claims"])), stages=stages, mixed=mixed({s["stage"]: s["stamp"] for s in stages}), licences=licences, env=env, plan=paper_plan(), sizes=plan_sizes(), attention=100*attention_share(32768),
                        with_interval=with_interval, figure=figure, made=time.strftime("%F %H:%M"))
     return atomic_write(to or run_dir/"report.html", text)
 
@@ -975,5 +1033,5 @@ def ledger_html(claims: list[dict]) -> str:
     e = lambda s: html.escape(str(s or ""))
     def seen(c): return e(c["found"]) if c["found"] else "<br>".join(e(f"{v['metric']} {with_interval(v['value'], v['lo'], v['hi'], v['unit'])}") for v in c["values"]) or "–"
     rows = "".join(f"<tr><td>{e(c['area'])}</td><td>{e(c['claim'])}<br><small>{e(c['source'])}</small></td><td>{e(c['paper'])}</td><td>{seen(c)}<br><small>{e(c['on'])}</small></td>"
-                   f"<td><b>{e(c['verdict'])}</b><br><small>{e(c['why'])}</small></td></tr>" for c in claims)
+                   f"<td><b>{e(c['verdict'])}</b><br><small>{e(c['why'])}{e('; see also the study ' + c['study']) if c['study'] else ''}</small></td></tr>" for c in claims)
     return f"<table style='text-align:left'><tr><th>area</th><th>claim</th><th>paper</th><th>this run</th><th>verdict</th></tr>{rows}</table>"

@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("what", choices=["long", "tau", "safety"]); p.add_argument("model", help="a model's folder"); p.add_argument("out", help="folder for the table")
     p.add_argument("--draft", default="", help="tau, safety: the draft's folder"); p.add_argument("--trained", type=int, default=0, help="long, tau: training length in tokens")
     p.add_argument("--texts", default="", help="long: .jsonl with `text`; empty: held-out dictionary quotations. tau: .jsonl with `prompt`")
-    p.add_argument("--limit", type=int, default=100, help="documents or prompts"); p.add_argument("--new", type=int, default=128, help="safety: tokens a reply"); p.add_argument("--temperature", type=float, default=.8, help="tau")
+    p.add_argument("--limit", type=int, default=100, help="documents or prompts"); p.add_argument("--new", type=int, default=128, help="safety: tokens a reply"); p.add_argument("--temperature", type=float, default=.8, help="tau"); p.add_argument("--at", type=int, help="long, tau: print this position's bin only, and refuse one that was not measured")
     a = p.parse_args(argv); out = Path(a.out); said = dict(what=a.what, model=a.model, draft=a.draft or None)
     if a.what != "safety" and a.trained < 8: raise UserError(f"{a.what} needs --trained, the training length in tokens")
     if a.what == "long":
@@ -168,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         asked = ask_probes(a.model, a.draft or None, a.new); write_jsonl(out/"safety_answers.jsonl", asked); rows = [safety(asked)]; said |= dict(new_tokens=a.new, decoding="greedy, fp32") | rows[0]
     write_json(out/f"{a.what}.json", said)
+    if a.at is not None and a.what != "safety": rows = [at_position([r for r in rows if (r.get("kind"), r.get("factor")) == k], a.at) for k in dict.fromkeys((r.get("kind"), r.get("factor")) for r in rows)]
     for r in rows: print({k: round(v, 3) if isinstance(v, float) else v for k, v in r.items()})
     return 0
 

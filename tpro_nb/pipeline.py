@@ -501,9 +501,9 @@ def cmd_report(a):
     print(compare(*folders) if a.other else report(*folders))
 
 def cmd_plan(a):
-    from tpro_nb.claims import plan, plan_table
+    from tpro_nb.claims import plan_text
     root = checkout(); load_params(root, a.profile)
-    print(plan_table(plan(root/"params"/a.profile)))
+    print(plan_text(root/"params"/a.profile, [root/"outputs"/a.profile, root/"outputs"/"reference"/a.profile]))
 
 def cmd_certify(a):
     from tpro_nb.tokenizer_surgery import certify

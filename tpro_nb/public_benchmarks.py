@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'VERDICTS', 'Benchmark', 'Model', 'registry', 'prompts', 'paper_figure', 'options_of', 'load_benchmark',
-           'whole_set', 'load_mera', 'load_arena', 'run_sheet', 'claim_folder', 'read_reply', 'ask_endpoint',
-           'ask_folder', 'grade_letter', 'grade_text', 'last_words', 'rescore', 'against', 'submission', 'lm_eval_task',
+           'whole_set', 'load_mera', 'load_arena', 'run_sheet', 'claim_folder', 'ask_endpoint', 'ask_folder',
+           'grade_letter', 'grade_text', 'last_words', 'rescore', 'against', 'submission', 'lm_eval_task', 'graded',
            'lm_eval', 'length_controlled', 'arena', 'baseline_answers', 'read_judgement', 'judge', 'listing',
            'arguments', 'finish', 'main']
 
@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from .core import UserError, launch, ratio_ci, read_json, read_jsonl, write_json, write_jsonl
 from .data import Endpoint, Kept, Unanswered
 from .evaluation import accuracy, by_problem, check_problems, model_digest, paired, score, table, whole_lines
-from .tmath import after_think, clean, final_answer, load_rows
+from .sft import read_reply
+from .tmath import after_think, clean, final_answer, grade, load_rows
 
 # %% ../nbs/10_public_benchmarks.ipynb #b10a0006
 class Benchmark(BaseModel):
@@ -107,6 +108,7 @@ def load_mera(path: str) -> list[dict]:
     out = []
     for i, r in enumerate(load_rows(path)):
         try:
+            if not (_filled(r["meta"]["id"]) and _filled(r["instruction"]) and _filled(r["inputs"])): raise KeyError("one of instruction, inputs, meta.id is empty")
             holes = r["inputs"] if isinstance(r["inputs"], dict) else dict(text=r["inputs"], inputs=r["inputs"])
             asked = re.sub(r"\{(\w+)\}", lambda m: str(holes[m[1]]), r["instruction"])
             out.append(dict(problem_id=f"MERA-{r['meta']['id']}", question=asked, verifiable_answer=str(r.get("outputs") or "").strip(), options=[], family="MERA", steps=0))
@@ -117,7 +119,10 @@ def load_arena(path: str) -> list[dict]:
     "Rows of an Arena-Hard file: question_id and turns (v0.1), or uid and prompt (v2)."
     out = []
     for i, r in enumerate(load_rows(path)):
-        try: out.append(dict(problem_id=f"arena-{r['uid'] if 'uid' in r else r['question_id']}", question=str(r["prompt"] if "prompt" in r else r["turns"][0]["content"]).strip(), verifiable_answer="", options=[], family="arena", steps=0))
+        try:
+            pid, asked = r["uid"] if "uid" in r else r["question_id"], r["prompt"] if "prompt" in r else r["turns"][0]["content"]
+            if not (_filled(pid) and _filled(asked)): raise KeyError("the id or the question is empty")
+            out.append(dict(problem_id=f"arena-{pid}", question=str(asked).strip(), verifiable_answer="", options=[], family="arena", steps=0))
         except (KeyError, TypeError, IndexError) as e: raise UserError(f"{path}, row {i}: not the form of Arena-Hard (question_id and turns, or uid and prompt); {type(e).__name__}: {e}") from e
     return out
 
@@ -137,18 +142,6 @@ def claim_folder(out: Path, sheet: dict) -> str:
     if not f.exists() and (Path(out)/"samples.jsonl").exists(): raise UserError(f"{out} holds samples of nobody knows which run (no run.json). Give another folder.")
     Path(out).mkdir(parents=True, exist_ok=True); write_json(f, sheet)
     return hashlib.sha256(json.dumps(sheet, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
-
-# %% ../nbs/10_public_benchmarks.ipynb #b10a0020
-def read_reply(raw: dict, opens: bool = False) -> dict:
-    "response, finished, tokens of a chat completion; ValueError, KeyError or TypeError where it is none."
-    choice = raw["choices"][0]; message, why = choice["message"], choice["finish_reason"]
-    if why in ("content_filter", "blacklist"): return dict(response="", finished=True, tokens=(raw.get("usage") or {}).get("completion_tokens"))
-    if why not in ("stop", "length", "eos"): raise ValueError(f"finish_reason {why!r}")
-    text, thought = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning") or ""
-    if not isinstance(text, str) or not isinstance(thought, str): raise TypeError("content is no text")
-    if thought: text = f"<think>{thought}</think>{text}" if text or why != "length" else f"<think>{thought}"
-    elif opens and text and "<think>" not in text: text = "<think>" + text
-    return dict(response=text, finished=why != "length", tokens=(raw.get("usage") or {}).get("completion_tokens"))
 
 # %% ../nbs/10_public_benchmarks.ipynb #b10a0023
 def ask_endpoint(b: Benchmark, problems: list[dict], out: Path,
@@ -176,7 +169,7 @@ def ask_endpoint(b: Benchmark, problems: list[dict], out: Path,
 def ask_folder(b: Benchmark, problems: list[dict], out: Path, path: str, name: str, mode: str = "think", k: int = 0, temperature: float = .6,
                max_tokens: int = 32768, batch_size: int = 8, seed: int = 0) -> dict:
     "The same for a model folder or hub id, in process."
-    key = claim_folder(out, run_sheet(b, problems, name, mode, weights=model_digest(path), temperature=temperature, max_tokens=max_tokens, seed=seed))
+    key = claim_folder(out, run_sheet(b, problems, name, mode, weights=model_digest(path), temperature=temperature, max_tokens=max_tokens, batch_size=batch_size, seed=seed))
     write_jsonl(Path(out)/"problems.jsonl", problems)
     job = dict(name=name, path=path, mode=mode, key=key, max_new_tokens=max_tokens)
     return launch("tpro_nb.evaluation:sample", dict(jobs=[job], problems=str(Path(out)/"problems.jsonl"), log=str(Path(out)/"samples.jsonl"), k=k or b.samples, temperature=temperature, batch_size=batch_size, seed=seed), Path(out))
@@ -257,10 +250,18 @@ def lm_eval_task(b: Benchmark, problems: list[dict], folder: Path, kind: str = "
     write_jsonl(folder/f"{name}.jsonl", problems)
     task = dict(task=name, dataset_path="json", dataset_kwargs=dict(data_files=dict(test=str(folder/f"{name}.jsonl"))), test_split="test", doc_to_text="{{question}}\nОтвет:" if b.language == "ru" else "{{question}}\nAnswer:", metadata=dict(version=1))
     if kind == "choice": task |= dict(output_type="multiple_choice", doc_to_choice="{{options}}", doc_to_target=f"{{{{'{LETTERS}'.index(verifiable_answer)}}}}", metric_list=[dict(metric=m, aggregation="mean", higher_is_better=True) for m in ("acc", "acc_norm")])
-    else: task |= dict(output_type="generate_until", doc_to_text="{{question}}", doc_to_target="{{verifiable_answer}}", generation_kwargs=dict(until=[], max_gen_toks=max_tokens, do_sample=False), metric_list=[dict(metric="exact_match", aggregation="mean", higher_is_better=True)])
+    else: task |= dict(output_type="generate_until", doc_to_text="{{question}}", doc_to_target="{{verifiable_answer}}", generation_kwargs=dict(until=[], max_gen_toks=max_tokens, do_sample=False), metric_list=[dict(metric="exact_match", aggregation="mean", higher_is_better=True)],
+                   filter_list=[dict(name="boxed", filter=[dict(function="regex", regex_pattern=r"\\boxed\{([^{}]*)\}", group_select=-1), dict(function="take_first")])])
     (folder/f"{name}.yaml").write_text(yaml.safe_dump(task, allow_unicode=True, sort_keys=False), encoding="utf-8")
     return name
 
+def graded(row: dict) -> bool:
+    "Is the whole reply of one of lm-eval's samples right, by this chapter's graders?"
+    p, said = row["doc"], row["resps"][0][0]
+    if p["options"]: return grade_letter(said, p["verifiable_answer"], len(p["options"])) == "correct"
+    return (grade_text if p["family"] == "MERA" else grade)(said, p["verifiable_answer"]) == "correct"
+
+# %% ../nbs/10_public_benchmarks.ipynb #c1b10001
 def lm_eval(tasks: list[str], folder: str,
             model: str,              # a folder or hub id (in process), or "URL model" of an endpoint
             **limits) -> dict:       # task → metric → (mean, low, high), problems resampled
@@ -277,7 +278,8 @@ def lm_eval(tasks: list[str], folder: str,
         gpu = torch.cuda.is_available()                 # there the model's own dtype; on a CPU half precision is slow
         who = dict(model="hf", model_args=dict(pretrained=model, dtype="auto" if gpu else "float32"), device="cuda" if gpu else "cpu")
     got = simple_evaluate(tasks=tasks, task_manager=TaskManager(include_path=str(folder), include_defaults=False), bootstrap_iters=0, log_samples=True, **who, **limits)
-    return {t: {m: accuracy([r[m] for r in rows]) for m in rows[0]["metrics"]} for t, rows in got["samples"].items()}
+    ours = lambda row: row["metrics"] == ["exact_match"] and {"verifiable_answer", "options", "family"} <= row["doc"].keys()
+    return {t: dict(correct=accuracy([graded(r) for r in rows])) if ours(rows[0]) else {m: accuracy([r[m] for r in rows]) for m in rows[0]["metrics"]} for t, rows in got["samples"].items()}
 
 # %% ../nbs/10_public_benchmarks.ipynb #b10a0034
 VERDICTS = {"A>>B": 1, "A>B": 1, "A=B": .5, "B>A": 0, "B>>A": 0}
@@ -391,6 +393,7 @@ def main(argv: list[str] | None = None) -> int:
     b, m, out = sets[a.benchmark], models.get(a.model), Path(a.out)
     problems = load_benchmark(b, a.file, rows=a.rows)
     if a.lm_eval:
+        claim_folder(out, run_sheet(b, problems, a.path or a.endpoint, f"lm-eval {a.lm_eval}", max_tokens=a.max_tokens, **(dict(weights=model_digest(a.path)) if a.path else {})))
         task = lm_eval_task(b, problems, out, a.lm_eval, max_tokens=min(a.max_tokens, 4096)); got = lm_eval([task], out, a.path if a.lm_eval == "choice" else a.endpoint or a.path)[task]
         write_json(out/"score.json", {k: list(v) for k, v in got.items()}); print(f"{b.id} by lm-eval: " + ", ".join(f"{k} {v[0]:.3f} [{v[1]:.3f}, {v[2]:.3f}]" for k, v in got.items())); return 0
     how = dict(mode=a.mode, k=a.k, temperature=a.temperature, max_tokens=a.max_tokens, seed=a.seed)

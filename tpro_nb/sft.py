@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['TRAINING_TEMPLATE', 'training_text', 'train_row', 'turns', 'show_mask', 'dataset', 'train', 'draw_tokens',
-           'draw_seed', 'Draw', 'generate', 'leaks', 'evaluate', 'few_shot']
+           'draw_seed', 'Draw', 'generate', 'read_reply', 'served', 'leaks', 'evaluate', 'few_shot']
 
 # %% ../nbs/07_sft.ipynb #1c7f0ed5
 import hashlib, html, random
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor
 from .base_model import device, fit, last_checkpoint, load_model, merge_and_save, new_rows, row_parts, sft_trainer, trainable, trainer_args, whole, work_key
 from .core import CHAT_TEMPLATE, UserError, read_jsonl, seed_everything
+from .data import Endpoint, Unanswered
 from .midtraining import check_think, prompt_ids, turn_ids
 
 # %% ../nbs/07_sft.ipynb #682a4caf
@@ -135,6 +136,27 @@ def generate(model, tok, prompts: list,      # questions, or lists of messages
                 out[i][k] = dict(text=tok.decode(y[:stop], skip_special_tokens=True), ids=y[:stop + 1], finished=stop < len(y))
             bar.update(len(part))
     return out
+
+# %% ../nbs/07_sft.ipynb #9295544e
+def read_reply(raw: dict, opens: bool = False) -> dict:
+    "response, finished, tokens of a chat completion; ValueError, KeyError or TypeError where it is none."
+    choice = raw["choices"][0]; message, why = choice["message"], choice["finish_reason"]
+    if why in ("content_filter", "blacklist"): return dict(response="", finished=True, tokens=(raw.get("usage") or {}).get("completion_tokens"))
+    if why not in ("stop", "length", "eos"): raise ValueError(f"finish_reason {why!r}")
+    text, thought = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning") or ""
+    if not isinstance(text, str) or not isinstance(thought, str): raise TypeError("content is no text")
+    if thought: text = f"<think>{thought}</think>{text}" if text or why != "length" else f"<think>{thought}"
+    elif opens and text and "<think>" not in text: text = "<think>" + text
+    return dict(response=text, finished=why != "length", tokens=(raw.get("usage") or {}).get("completion_tokens"))
+
+def served(endpoint: Endpoint, tok, prompts: list[str], think: bool, max_new_tokens: int = 128, temperature: float = 0.0, n: int = 1, seed: int = 0) -> list[list[dict]]:
+    "As `generate`, from a server: for every prompt n of {text, ids, finished}. Every raw answer is kept on disk by the endpoint."
+    bodies = [dict(messages=[dict(role="user", content=p)], temperature=temperature, max_tokens=max_new_tokens, seed=seed + k, chat_template_kwargs=dict(enable_thinking=think)) for p in prompts for k in range(n)]
+    got = endpoint.ask("/chat/completions", bodies, read_reply)
+    if lost := [x for x in got if isinstance(x, Unanswered)]: raise UserError(f"{endpoint.url}: {len(lost)} of {len(got)} answers missing, the first: {lost[0]}. What was answered is kept; run again")
+    end = tok.convert_tokens_to_ids("<|im_end|>")
+    rows = [dict(text=a["response"], ids=tok.encode(a["response"], add_special_tokens=False) + [end]*a["finished"], finished=a["finished"]) for a in got]
+    return [rows[i:i + n] for i in range(0, len(rows), n)]
 
 # %% ../nbs/07_sft.ipynb #dc8b8278
 def leaks(text: str, think: bool) -> bool:
