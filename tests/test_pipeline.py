@@ -125,7 +125,15 @@ def test_publish_and_reference_status(chain):
     run(chain)
     (chain/"outputs/toy/01_make/model.safetensors").write_bytes(b"0"*100)
     run(chain)
+    nb = json.loads((chain/"nbs/01_make.ipynb").read_text())
+    nb["cells"].insert(1, dict(cell_type="markdown", id="prose", metadata={}, source=["what is expected"]))
+    (chain/"nbs/01_make.ipynb").write_text(json.dumps(nb)); (chain/"outputs/toy/01_make/stamp.json").unlink(); run(chain)
+    nb["cells"][1]["source"] = ["what it showed"]; (chain/"nbs/01_make.ipynb").write_text(json.dumps(nb))
+    (chain/"outputs/reference/toy/09_other").mkdir(parents=True); (chain/"outputs/reference/toy/01_make").mkdir(); (chain/"outputs/reference/toy/01_make/old.png").write_text("old")
     dst = P.publish(chain, "toy", say=lambda *_: 0)
+    page = json.loads((dst/"01_make/01_make.ipynb").read_text())["cells"]
+    assert [c["source"] for c in page if c.get("id") == "prose"] == [["what it showed"]] and any(c.get("outputs") for c in page)
+    assert (dst/"09_other").is_dir() and not (dst/"01_make/old.png").exists()
     assert not any(str(chain) in f.read_text() for f in dst.rglob("*.ipynb"))
     assert (dst/"01_make/01_make.ipynb").exists() and not list(dst.rglob("*.safetensors"))
     assert {s.state for s in P.reference_status(chain, "toy")} == {"current"}

@@ -872,6 +872,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'tpro_nb.pipeline.stage_status': ('pipeline.html#stage_status', 'tpro_nb/pipeline.py'),
                                   'tpro_nb.pipeline.status': ('pipeline.html#status', 'tpro_nb/pipeline.py'),
                                   'tpro_nb.pipeline.why_differs': ('pipeline.html#why_differs', 'tpro_nb/pipeline.py'),
+                                  'tpro_nb.pipeline.with_prose': ('pipeline.html#with_prose', 'tpro_nb/pipeline.py'),
                                   'tpro_nb.pipeline.without_comments': ('pipeline.html#without_comments', 'tpro_nb/pipeline.py'),
                                   'tpro_nb.pipeline.write_cards': ('pipeline.html#write_cards', 'tpro_nb/pipeline.py')},
             'tpro_nb.playground': { 'tpro_nb.playground.Pane': ('playground.html#pane', 'tpro_nb/playground.py'),

@@ -6,8 +6,9 @@ __all__ = ['TYPES', 'SCRATCH', 'test', 'PUBLISHED', 'LIMIT_KB', 'FORWARDED', 'co
            'result_hash', 'code_keys', 'why_differs', 'list_outputs', 'artefact_hash', 'Status', 'stage_status',
            'status', 'reference_status', 'run_lock', 'hms', 'export_all', 'execute', 'row_licences', 'model_card',
            'write_cards', 'energy_counters', 'energy_used', 'run_stage', 'git_version', 'choose', 'run', 'key_at_start',
-           'licences_above', 'publish', 'seeds', 'parser', 'checkout', 'cmd_run', 'cmd_status', 'cmd_publish',
-           'cmd_seeds', 'run_folder', 'cmd_report', 'cmd_plan', 'cmd_certify', 'cmd_doctor', 'forward', 'main']
+           'licences_above', 'with_prose', 'publish', 'seeds', 'parser', 'checkout', 'cmd_run', 'cmd_status',
+           'cmd_publish', 'cmd_seeds', 'run_folder', 'cmd_report', 'cmd_plan', 'cmd_certify', 'cmd_doctor', 'forward',
+           'main']
 
 # %% ../nbs/90_pipeline.ipynb #e4d916a5
 import argparse, ast, difflib, hashlib, importlib, json, os, re, shutil, subprocess, sys, tempfile, time
@@ -399,20 +400,28 @@ def _inputs_now(folder: Path, stage: str, names: list[str], done: dict[str, Stat
 # %% ../nbs/90_pipeline.ipynb #5b6718e9
 PUBLISHED, LIMIT_KB = {".ipynb", ".png", ".json", ".csv", ".md", ".sh"}, 600
 
+def with_prose(executed: bytes, chapter: Path) -> bytes:
+    "An executed notebook with the chapter's markdown as it is now, by cell id: what a run showed is written after it."
+    nb, now = json.loads(executed), {c["id"]: c["source"] for c in read_json(chapter)["cells"] if c["cell_type"] == "markdown"}
+    for c in nb["cells"]: c["source"] = now.get(c.get("id"), c["source"])
+    return json.dumps(nb, ensure_ascii=False, indent=1).encode() + b"\n"
+
 def publish(root: Path, profile: str, say=print) -> Path:
     "Copy the small files of a finished run to outputs/reference/<name of its folder>."
     if bad := [s for s in status(root, profile) if s.state != "current"]:
         raise UserError(f"not publishing {profile}: " + "; ".join(f"{s.stage} is {s.state}" for s in bad[:4]) + f". Run tpro-nb run {profile} first.")
     src = root/next(iter(load_params(root, profile).values()))["run_dir"]
     dst = root/"outputs"/"reference"/src.name
-    shutil.rmtree(dst, ignore_errors=True)
+    for s in load_params(root, profile): shutil.rmtree(dst/s, ignore_errors=True)      # what another profile added to the folder stays
     kb = 0
     for f in sorted([*src.glob("[0-9]*/*"), *src.glob("*.html"), *src.glob("seeds.csv")]):
         size = f.stat().st_size/1024
         if not f.is_file() or f.suffix not in PUBLISHED | {".html"}: continue
         if size > LIMIT_KB and f.suffix != ".html": say(f"left out, {size:.0f} KB: {f.relative_to(src)}"); continue
         to = dst/f.relative_to(src); to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_bytes(f.read_bytes().replace(f"{root}/".encode(), b"")); kb += size      # no machine's paths in what is committed
+        chapter = root/"nbs"/f.name
+        data = with_prose(f.read_bytes(), chapter) if f.suffix == ".ipynb" and chapter.exists() else f.read_bytes()
+        to.write_bytes(data.replace(f"{root}/".encode(), b"")); kb += size      # no machine's paths in what is committed
     say(f"published {kb/1024:.1f} MB to {dst.relative_to(root)}")
     return dst
 
