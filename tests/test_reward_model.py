@@ -226,7 +226,7 @@ def test_answers_and_rewards_are_made_where_the_accelerator_is(sft, tmp_path, mo
     "Every model that writes or scores goes to `device()`; here that is torch's device without memory."
     import tpro_nb.dpo as D, tpro_nb.sft as S
     seen = []
-    def generate(model, tok, prompts, **kw): seen.append(model.device.type); return [[dict(text="5", ids=[5], finished=True)]*kw["n"] for _ in prompts]
+    def generate(model, tok, prompts, think, **kw): seen.append(model.device.type); return [[dict(text="5", ids=[5], finished=True)]*kw["n"] for _ in prompts]
     def score(model, tok, prompts, completions, **kw): seen.append(model.device.type); return [0.]*len(prompts)
     for m in (R, D): monkeypatch.setattr(m, "device", lambda: "meta"); monkeypatch.setattr(m, "score", score)
     monkeypatch.setattr(S, "generate", generate)
