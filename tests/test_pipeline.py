@@ -140,6 +140,38 @@ def test_publish_and_reference_status(chain):
     (chain/"params/toy/03_use.yaml").write_text("run_dir: outputs/toy\nn: 2\n")
     assert [s.state for s in P.reference_status(chain, "toy")] == ["current", "current", "stale"]
 
+def test_a_profile_that_stands_on_another(chain):
+    "As cpu-long on cpu: its stage is in the same folder, and what changes beneath it makes it stale, in the reference as well."
+    for name in ("toy", "long"): (chain/"params"/name).mkdir(exist_ok=True)
+    (chain/"params/toy/03_use.yaml").rename(chain/"params/long/03_use.yaml")
+    one = lambda of, name="long": [(s.state, s.why) for s in of(chain, name)]
+    long = lambda: P.run(chain, "long", say=lambda *_: 0)
+    with pytest.raises(UserError, match="Run stage 02_double first"): long()
+    run(chain); (chain/"outputs/toy/02_double/stamp.json").write_text(json.dumps(json.loads((chain/"outputs/toy/02_double/stamp.json").read_text()) | dict(licences=dict(rows="CC0-1.0"))))
+    assert [s.stage for s in long()] == ["03_use"] and one(P.status) == [("current", "")]
+    assert "02_double/y.json" in json.loads((chain/"outputs/toy/03_use/stamp.json").read_text())["inputs"]
+    assert P.licences_above(["02_double/y.json"], P.beneath(chain/"outputs/toy", P.load_params(chain, "long"))) == dict(rows="CC0-1.0")
+    for name in ("toy", "long"): P.publish(chain, name, say=lambda *_: 0)
+    assert one(P.reference_status) == [("current", "")]
+    (chain/"params/toy/02_double.yaml").write_text("run_dir: outputs/toy\nseed: 0\nn: 5\n"); (chain/"params/toy/01_make.yaml").write_text("run_dir: outputs/toy\nseed: 0\nn: 5\n")
+    run(chain); changed = [("stale", "input changed: 02_double/y.json")]
+    assert one(P.status) == changed and one(P.reference_status) == [("current", "")]
+    P.publish(chain, "toy", say=lambda *_: 0)
+    assert one(P.reference_status) == changed
+    long(); P.publish(chain, "long", say=lambda *_: 0)
+    assert one(P.status) == one(P.reference_status) == [("current", "")]
+
+def test_seeds_leave_out_what_is_stale(chain):
+    said = []
+    for k in (0, 1, 2): P.run(chain, "toy" + f"@{k}"*(k > 0), say=lambda *_: 0)
+    for k in (0, 1, 2):
+        out = chain/f"outputs/toy{f'@{k}'*(k > 0)}/03_use"; (out/"metrics.json").write_text(json.dumps(dict(gain=k, gain_lo=0, gain_hi=9)))
+        stamp = json.loads((out/"stamp.json").read_text()); (out/"stamp.json").write_text(json.dumps(stamp | dict(outputs=P.list_outputs(out))))
+    assert [(r["key"], r["values"]) for r in P.seeds(chain, "toy", said.append)] == [("gain", [0, 1, 2])] and not said
+    (chain/"outputs/toy@2/03_use/metrics.json").write_text("{}")
+    assert [r["values"] for r in P.seeds(chain, "toy", said.append)] == [[0, 1]] and said == ["left out, artefact changed or gone: metrics.json: toy@2/03_use"]
+    assert (chain/"outputs/toy/seeds.csv").read_text().splitlines()[1].endswith(",0 1")
+
 def test_command_line_statuses(chain, monkeypatch, capsys):
     monkeypatch.chdir(chain)
     (chain/"params/toy/01_make.yaml").write_text("run_dir: outputs/toy\nlr: 1e-4\n")

@@ -103,6 +103,7 @@ def test_a_server_answers_for_a_model_and_nothing_is_asked_twice(answer_server, 
     tok = core_tok(path)
     assert all(tok.decode(r["ids"]) == r["text"] + "<|im_end|>" for r in rows)
     asked = H.seen[:]; assert len(asked) == 25 and sum(b["max_tokens"] == 64 for b in asked) == 12          # one of them the first question, of one token
+    assert len({b["seed"] for b in asked if b["max_tokens"] > 1}) == 24                                     # every answer draws for itself, over prompts too
     for f in (tmp_path/"w").glob("sample-*"): f.unlink()                                                    # killed before a chunk was written: the answers are there
     ask("b.jsonl"); assert len(H.seen) == 26 and core.read_jsonl(tmp_path/"b.jsonl") == rows
     with pytest.raises(core.UserError, match="servers http://127.0.0.1:9/v1 m: no answer"): ask("c.jsonl", "http://127.0.0.1:9/v1 m")

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['FACTORS', 'STILL', 'OFF', 'ANSWERS', 'SPEED', 'POOL', 'EARLY', 'BETWEEN', 'WITHIN', 'ENGLISH', 'RESPONSES',
            'SURPRISE', 'cells', 'name_of', 'cell_params', 'tokens', 'needed', 'altered', 'keys_of', 'adopt',
-           'random_head', 'recut', 'run_cell', 'shared', 'paired_cells', 'mean_ci', 'statsmodels', 'judged', 'effects',
+           'random_head', 'recut', 'run_cell', 'shared', 'paired_cells', 'statsmodels', 'judged', 'effects',
            'over_seeds', 'answer_bits', 'surprise', 'measured', 'shares', 'ablate', 'forest', 'curves', 'report',
            'main', 'profile_name']
 
@@ -118,7 +118,8 @@ def run_cell(root: Path, code: dict, params: dict[str, dict], cell: dict, pool: 
                 how = "ran"
                 mark = stage in altered(cell)
                 now = plain[stage] | dict(upstream=keys[stage]["upstream"]) if mark else keys[stage]
-                if not (mark and adopt(out, plain[stage]["key"], pool)): P.run_stage(root, stage, params[stage], now, P._inputs_now(run, stage, ins, done), f"{run.name} {stage}", P.licences_above(stage, keys, done))
+                have = P._inputs_now(run, stage, ins, done)
+                if not (mark and adopt(out, plain[stage]["key"], pool)): P.run_stage(root, stage, params[stage], now, have, f"{run.name} {stage}", P.licences_above(have, done))
                 if mark:
                     if "english_pct" in cell and stage == "05_data": recut(out, cell["english_pct"], params[stage]["midtrain_chars"]//POOL)
                     else: random_head(out/"model", params[stage]["seed"])
@@ -151,15 +152,6 @@ def paired_cells(rows: list[dict], response: str, early: bool):
     if early and (data.groupby([*EARLY, "seed"])["y"].nunique() > 1).any(): raise UserError(f"{response} differs between cells that share everything it depends on: these are not one run's cells")
     return data.groupby([*EARLY, "seed"], as_index=False)[["y", "d"]].mean()
 
-# %% ../nbs/92_ablate.ipynb #ab920027
-def mean_ci(values: list[float]) -> tuple[float, float | None, float | None]:
-    "Mean and its 95 % t interval; no interval for one value or for equal ones."
-    from scipy.stats import ttest_1samp
-    mean = sum(values)/len(values)
-    if len(set(values)) < 2: return mean, None, None
-    ci = ttest_1samp(values, 0).confidence_interval()
-    return mean, float(ci.low), float(ci.high)
-
 # %% ../nbs/92_ablate.ipynb #ab920028
 def statsmodels(part: str):
     try: return importlib.import_module(f"statsmodels.{part}")
@@ -189,7 +181,7 @@ def effects(rows: list[dict], response: str,
 def over_seeds(values: list[float]) -> dict:
     "One difference a seed → its mean, 95 % t interval and p; no p where they do not vary."
     from scipy.stats import ttest_1samp
-    return dict(zip(("effect", "lo", "hi"), mean_ci(values))) | dict(p=float(ttest_1samp(values, 0).pvalue) if len(set(values)) > 1 else None)
+    return dict(zip(("effect", "lo", "hi"), P.mean_ci(values))) | dict(p=float(ttest_1samp(values, 0).pvalue) if len(set(values)) > 1 else None)
 
 # %% ../nbs/92_ablate.ipynb #ab920019
 ENGLISH = (0., 5., 10., 20., 40.)
@@ -230,7 +222,7 @@ def shares(rows: list[dict], response: str) -> list[dict]:
     at = lambda e: [r[response] for r in sorted(rows, key=lambda r: r["seed"]) if r["english_pct"] == e]
     least, *more = sorted({r["english_pct"] for r in rows})
     if len({tuple(sorted(r["seed"] for r in rows if r["english_pct"] == e)) for e in (least, *more)}) > 1: raise UserError(f"{response}: every seed needs every share once")
-    row = lambda term, values: dict(term=term) | dict(zip(("effect", "lo", "hi"), mean_ci(values)))
+    row = lambda term, values: dict(term=term) | dict(zip(("effect", "lo", "hi"), P.mean_ci(values)))
     means = [row(f"{e:g} % English", at(e)) | dict(p=None, verdict="mean") for e in (least, *more)]
     if len(at(least)) < 2: return means                     # one seed: nothing to judge a difference by
     gaps = {e: [b - a for a, b in zip(at(least), at(e))] for e in more}
@@ -319,7 +311,7 @@ def report(rows: list[dict], out: Path, sweep: str = "", say=print) -> list[dict
         else: table += [dict(response=name) | e for e in effects(rows, name, RESPONSES.get(name, [""])[0] == "06_midtraining")]
         if name == "speedup" and not sweep:
             by_seed = [sum(v)/len(v) for s in sorted({r["seed"] for r in rows}) for v in [[r[name] for r in rows if r["seed"] == s]]]         # cells of a seed share their luck
-            m, lo, hi = mean_ci(by_seed); table.append(dict(response=name, term="eagle (speed with the draft over speed without, mean of the seeds' means)", effect=m, lo=lo, hi=hi, p=None, verdict="mean"))
+            m, lo, hi = P.mean_ci(by_seed); table.append(dict(response=name, term="eagle (speed with the draft over speed without, mean of the seeds' means)", effect=m, lo=lo, hi=hi, p=None, verdict="mean"))
     buf, to = io.StringIO(), Path(out)/f"{sweep or 'effects'}.csv"
     w = csv.DictWriter(buf, fieldnames=list(table[0])); w.writeheader(); w.writerows(table); atomic_write(to, buf.getvalue())
     size = f"{len(rows)} nano chains, {len({r['seed'] for r in rows})} seeds"

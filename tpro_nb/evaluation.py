@@ -98,7 +98,7 @@ def sample(jobs: list[dict],          # {name, path, mode, key, max_new_tokens}
     with open(log, "a", encoding="utf-8") as f, tqdm(total=sum(len(lost) for *_, lost in todo), desc="sampling", unit="answer", disable=False, mininterval=1) as bar:
         for job, s, part, lost in todo:
             if loaded != job["path"]: (model, tok), loaded = load_model(job["path"]), job["path"]; model.to("cuda" if torch.cuda.is_available() else "cpu")
-            draws = int(hashlib.sha256(f"{seed}/{s}/{part[0]['problem_id']}".encode()).hexdigest()[:8], 16)
+            draws = sft.draw_seed(seed, s, part[0]["problem_id"])
             got = responses(sft.generate(model, tok, [p["question"] for p in part], think=job["mode"] == "think", max_new_tokens=job["max_new_tokens"], temperature=temperature, n=1, seed=draws, batch_size=batch_size), 1)
             for p, (r,) in zip(part, got):
                 if p["problem_id"] in lost: f.write(json.dumps(dict(key=job["key"], model=job["name"], mode=job["mode"], problem_id=p["problem_id"], sample=s, seed=draws, response=r["text"], finished=r["finished"], tokens=r["tokens"]), ensure_ascii=False) + "\n")

@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['TYPES', 'SCRATCH', 'test', 'PUBLISHED', 'LIMIT_KB', 'FORWARDED', 'code_cells', 'parsed', 'signature', 'inputs_of',
            'stage_names', 'check_params', 'load_params', 'digest', 'code_digest', 'without_comments', 'modules_used',
-           'result_hash', 'code_keys', 'why_differs', 'list_outputs', 'artefact_hash', 'Status', 'stage_status',
-           'status', 'reference_status', 'run_lock', 'hms', 'export_all', 'execute', 'row_licences', 'model_card',
-           'write_cards', 'energy_counters', 'energy_used', 'run_stage', 'git_version', 'choose', 'run', 'key_at_start',
-           'licences_above', 'with_prose', 'publish', 'seeds', 'parser', 'checkout', 'cmd_run', 'cmd_status',
-           'cmd_publish', 'cmd_seeds', 'run_folder', 'cmd_report', 'cmd_plan', 'cmd_certify', 'cmd_doctor', 'forward',
-           'main']
+           'result_hash', 'code_keys', 'why_differs', 'list_outputs', 'artefact_hash', 'Status', 'beneath',
+           'input_changed', 'stage_status', 'status', 'reference_status', 'run_lock', 'hms', 'export_all', 'execute',
+           'row_licences', 'model_card', 'write_cards', 'energy_counters', 'energy_used', 'run_stage', 'git_version',
+           'choose', 'run', 'key_at_start', 'licences_above', 'with_prose', 'publish', 'mean_ci', 'over_runs', 'seeds',
+           'parser', 'checkout', 'cmd_run', 'cmd_status', 'cmd_publish', 'cmd_seeds', 'run_folder', 'cmd_report',
+           'cmd_plan', 'cmd_certify', 'cmd_doctor', 'forward', 'main']
 
 # %% ../nbs/90_pipeline.ipynb #e4d916a5
 import argparse, ast, difflib, hashlib, importlib, json, os, re, shutil, subprocess, sys, tempfile, time
@@ -186,6 +186,17 @@ class Status:
         self.stage, self.state, self.why, self.stamp = stage, state, why, stamp or {}
     def __repr__(self): return f"{self.stage:24}{self.state:9}{self.why}"
 
+def beneath(run: Path, params: dict) -> dict[str, Status]:
+    "Stages that are in a run's folder but not in the profile, as their stamps tell: `cpu-long` stands on `cpu`."
+    return {f.parent.name: Status(f.parent.name, "current", "", read_json(f)) for f in sorted(run.glob("[0-9]*/stamp.json")) if f.parent.name not in params}
+
+def input_changed(stamp: dict, inputs: list[str], done: dict[str, Status]) -> str:
+    "The first input whose bytes are not those that the stamp records; empty where none is."
+    for name in inputs:
+        up, _, what = name.partition("/")
+        if up in done and stamp["inputs"].get(name, now := artefact_hash(done[up].stamp.get("outputs", {}), what)) != now: return name
+    return ""
+
 def stage_status(run: Path, stage: str, keys: dict, done: dict[str, "Status"], inputs: list[str]) -> Status:
     "Compare a stage's stamp with the code, its inputs and its files as they are now."
     out, stamp = run/stage, run/stage/"stamp.json"
@@ -200,35 +211,35 @@ def stage_status(run: Path, stage: str, keys: dict, done: dict[str, "Status"], i
     files = list_outputs(out, s["outputs"])
     if bad := [k for k, v in s["outputs"].items() if files.get(k, {}).get("sha256") != v["sha256"]]:
         return Status(stage, "stale", f"artefact changed or gone: {', '.join(bad[:3])}", s)
-    for name in inputs:
-        up, _, what = name.partition("/")
-        if up in done and artefact_hash(done[up].stamp.get("outputs", {}), what) != s["inputs"].get(name):
-            return Status(stage, "stale", f"input changed: {name}", s)
+    if name := input_changed(s, inputs, done): return Status(stage, "stale", f"input changed: {name}", s)
     return Status(stage, "current", "", s)
 
 # %% ../nbs/90_pipeline.ipynb #86c990b1
 def status(root: Path, profile: str) -> list[Status]:
     "Every stage of a profile, in order. A stage above which something is not current is stale too."
     params = load_params(root, profile)
-    keys, done = code_keys(root, params), {}
     run = root/next(iter(params.values()))["run_dir"]
+    keys, done = code_keys(root, params), beneath(run, params)
     for stage in params:
         ins = inputs_of(root/"nbs"/f"{stage}.ipynb")
         st = stage_status(run, stage, keys[stage], done, ins)
         above = [u for u in keys[stage]["upstream"] if done[u].state != "current"]
         if st.state == "current" and above: st = Status(stage, "stale", f"upstream not current: {', '.join(above)}", st.stamp)
         done[stage] = st
-    return list(done.values())
+    return [done[s] for s in params]
 
 def reference_status(root: Path, profile: str) -> list[Status]:
     "The committed run of a profile: do its code keys still match the code? (Weights are not committed, so files are not compared.)"
     params = load_params(root, profile)
-    out = []
+    folder, out = root/"outputs"/"reference"/Path(next(iter(params.values()))["run_dir"]).name, []
+    below = beneath(folder, params)
     for stage, keys in code_keys(root, params).items():
-        f = root/"outputs"/"reference"/Path(params[stage]["run_dir"]).name/stage/"stamp.json"
+        f = folder/stage/"stamp.json"
         s = read_json(f) if f.exists() else None
-        out.append(Status(stage, "missing") if s is None else
-                   Status(stage, "current", "", s) if s["code_key"]["key"] == keys["key"] else Status(stage, "stale", why_differs(s["code_key"], keys), s))
+        if s is None: out.append(Status(stage, "missing"))
+        elif s["code_key"]["key"] != keys["key"]: out.append(Status(stage, "stale", why_differs(s["code_key"], keys), s))
+        elif name := input_changed(s, inputs_of(root/"nbs"/f"{stage}.ipynb"), below): out.append(Status(stage, "stale", f"input changed: {name}", s))
+        else: out.append(Status(stage, "current", "", s))
     return out
 
 # %% ../nbs/90_pipeline.ipynb #a64c6d10
@@ -359,7 +370,7 @@ def run(root: Path, profile: str, only: str | None = None, start: str | None = N
     folder, wanted = root/next(iter(params.values()))["run_dir"], choose(list(params), only, start, end)
     guess = {s.stage: s.stamp.get("seconds") for s in reference_status(root, profile.partition("@")[0])}
     with run_lock(folder):
-        keys, done, n = code_keys(root, params), {}, len(params)
+        keys, done, n = code_keys(root, params), beneath(folder, params), len(params)
         for i, stage in enumerate(params, 1):
             ins = inputs_of(root/"nbs"/f"{stage}.ipynb")
             st = stage_status(folder, stage, keys[stage], done, ins)
@@ -373,20 +384,20 @@ def run(root: Path, profile: str, only: str | None = None, start: str | None = N
             left = [guess.get(s) for s in wanted if s not in done]
             eta = f"about {hms(guess[stage])} on the reference machine; all that is left {hms(sum(x or 0 for x in left))}" if guess.get(stage) else "no earlier timing"
             say(f"[{i:2}/{n}] {stage:22} {st.why or (f'{ran[0]} ran' if ran else st.state)}; {eta}")
-            stamp = run_stage(root, stage, params[stage], now, have, f"[{i:2}/{n}] {stage}", licences_above(stage, keys, done))
+            stamp = run_stage(root, stage, params[stage], now, have, f"[{i:2}/{n}] {stage}", licences_above(have, done))
             done[stage] = Status(stage, "ran", "", stamp)
             say(f"[{i:2}/{n}] {stage:22} done in {hms(stamp['seconds'])}, peak {stamp['peak_mb']/1024:.1f} GB")
-    return list(done.values())
+    return [done[s] for s in params]
 
 def key_at_start(keys: dict, done: dict[str, Status]) -> dict:
     "A stage's code key as it starts: the code may have been edited since the run began, and upstream counts as it was when it ran."
     parts = {k: v for k, v in keys.items() if k != "key"} | dict(upstream={u: done[u].stamp["code_key"]["key"] for u in keys["upstream"]})
     return parts | dict(key=digest(parts))
 
-def licences_above(stage: str, keys: dict[str, dict], done: dict[str, Status]) -> dict[str, str]:
-    "What the stages that a stage stands on, near and far, recorded with `run.uses`."
+def licences_above(inputs, done: dict[str, Status]) -> dict[str, str]:
+    "What the stages that made these inputs, and those that made theirs, recorded with `run.uses`."
     out = {}
-    for u in keys[stage]["upstream"]: out |= licences_above(u, keys, done) | (done[u].stamp.get("licences") or {})
+    for u in sorted({n.partition("/")[0] for n in inputs} & done.keys()): out |= licences_above(done[u].stamp.get("inputs", {}), done) | (done[u].stamp.get("licences") or {})
     return out
 
 def _inputs_now(folder: Path, stage: str, names: list[str], done: dict[str, Status]) -> dict[str, str | None]:
@@ -426,20 +437,32 @@ def publish(root: Path, profile: str, say=print) -> Path:
     return dst
 
 # %% ../nbs/90_pipeline.ipynb #f21c1c3a
-def seeds(root: Path, profile: str) -> list[dict]:
-    "Every metric that has an interval, over the runs of a profile with different seeds: values, mean, 95 % t interval; written to seeds.csv in the run's folder."
+def mean_ci(values: list[float]) -> tuple[float, float | None, float | None]:
+    "Mean and its 95 % t interval; no interval for one value or for equal ones."
     from scipy.stats import ttest_1samp
+    mean = sum(values)/len(values)
+    if len(set(values)) < 2: return mean, None, None
+    ci = ttest_1samp(values, 0).confidence_interval()
+    return mean, float(ci.low), float(ci.high)
+
+def over_runs(runs: list[dict[str, dict]]) -> list[dict]:
+    "One {stage: metrics} a run → every metric that has an interval and two runs or more: values, mean, 95 % t interval over the runs."
+    rows = []
+    for stage, key in sorted({(s, k) for run in runs for s, m in run.items() for k in m if f"{k}_lo" in m}):
+        values = [x for run in runs if (x := run.get(stage, {}).get(key)) is not None]
+        if len(values) > 1: rows.append(dict(stage=stage, key=key) | dict(zip(("mean", "lo", "hi"), mean_ci(values))) | dict(values=values))
+    return rows
+
+def seeds(root: Path, profile: str, say=print) -> list[dict]:
+    "`over_runs` of a profile's runs with different seeds, current stages only; written to seeds.csv in the run's folder."
     first = root/next(iter(load_params(root, profile).values()))["run_dir"]
     runs = [r for r in [first, *sorted(first.parent.glob(f"{first.name}@*"))] if r.is_dir()]
     if len(runs) < 2: raise UserError(f"one seed is no comparison: tpro-nb run {profile}@1 --to 09 makes a second")
-    found = {(f.parent.name, r): read_json(f) for r in runs for f in r.glob("[0-9]*/metrics.json")}
-    rows = []
-    for stage, key in sorted({(s, k) for (s, _), m in found.items() for k in m if f"{k}_lo" in m}):
-        values = [x for r in runs if (x := found.get((stage, r), {}).get(key)) is not None]
-        if len(values) < 2: continue
-        lo, hi = ttest_1samp(values, 0).confidence_interval() if len(set(values)) > 1 else (values[0],)*2
-        rows.append(dict(stage=stage, key=key, mean=sum(values)/len(values), lo=lo, hi=hi, values=values))
-    lines = ["stage,key,mean,lo,hi,values"] + [f"{r['stage']},{r['key']},{r['mean']:.4f},{r['lo']:.4f},{r['hi']:.4f},{' '.join(map(str, r['values']))}" for r in rows]
+    states = {r: status(root, profile + r.name.removeprefix(first.name)) for r in runs}
+    for r, st in [(r, s) for r in runs for s in states[r] if s.state == "stale"]: say(f"left out, {st.why}: {r.name}/{st.stage}")
+    rows = over_runs([{s.stage: read_json(r/s.stage/"metrics.json") for s in states[r] if s.state == "current"} for r in runs])
+    num = lambda x: "" if x is None else f"{x:.4f}"
+    lines = ["stage,key,mean,lo,hi,values"] + [f"{r['stage']},{r['key']},{num(r['mean'])},{num(r['lo'])},{num(r['hi'])},{' '.join(map(str, r['values']))}" for r in rows]
     atomic_write(first/"seeds.csv", "\n".join(lines) + "\n")
     return rows
 
@@ -494,7 +517,7 @@ def cmd_publish(a): publish(checkout(), a.profile)
 
 def cmd_seeds(a):
     rows = seeds(checkout(), a.profile)
-    for r in rows: print(f"{r['stage'][:2]} {r['key']:32} {r['mean']:9.3f} [{r['lo']:.3f}, {r['hi']:.3f}]   " + "  ".join(f"{x:g}" for x in r["values"]))
+    for r in rows: print(f"{r['stage'][:2]} {r['key']:32} {r['mean']:9.3f} " + ("the same in every run" if r["lo"] is None else f"[{r['lo']:.3f}, {r['hi']:.3f}]   " + "  ".join(f"{x:g}" for x in r["values"])))
 
 # %% ../nbs/90_pipeline.ipynb #0a4fe371
 def run_folder(root: Path, name: str) -> Path:
