@@ -5,7 +5,7 @@ import pytest, yaml
 from safetensors.torch import load_file
 import dist_child
 from tpro_nb.base_model import last_checkpoint
-from tpro_nb.core import UserError, cache_dir, launch, toy, write_jsonl
+from tpro_nb.core import UserError, cache_dir, launch, read_jsonl, toy, write_jsonl
 
 TESTS = Path(__file__).resolve().parent
 SFT = dict(epochs=1., steps=4, batch=1, context=128, packing=True, lr=1e-3, warmup=0, beta2=.95, eps=1e-8, weight_decay=0., clip=1., rank=4, save_every=100)
@@ -65,6 +65,23 @@ def test_fully_shard_equals_one_process(tmp_path):
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-5) and one["losses"][-1] < one["losses"][0] - .01
     a, b = (load_file(tmp_path/f"{n}.safetensors") for n in ("one", "two"))
     assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a) < 1e-5
+
+def test_processes_share_the_scoring_and_a_kill_loses_a_block(tmp_path):
+    from tpro_nb import dpo
+    rows = [dict(id=f"q{i}", prompt=f"{i} + 3?", text=f"Ответ: {i*i}") for i in range(10)]
+    def score(name, nproc):
+        what = dict(path=str(tmp_path/f"{name}.jsonl"), reward_dir=str(toy("08_reward_model/model")), work=str(tmp_path/name), block=2)
+        write_jsonl(what["path"], rows)
+        return launch("tpro_nb.dpo:rewards", what, tmp_path/"job", nproc=nproc), what["path"]
+    (one, a), (two, b) = score("one", 1), score("two", 2)
+    assert (one["made"], two["made"]) == (10, 6)                    # blocks 0, 2 and 4 of five in the first of two processes
+    Path(two["parts"], "4.json").unlink()
+    assert score("two", 1)[0]["made"] == 2                          # the others are there
+    for x, path in ((one, a), (two, b)): dpo.join_rewards(path, x["parts"])
+    got = [r["reward"] for r in read_jsonl(a)]
+    assert got == pytest.approx([r["reward"] for r in read_jsonl(b)], abs=1e-5) and len(set(got)) > 5 and [r["text"] for r in read_jsonl(b)] == [r["text"] for r in rows]
+    Path(two["parts"], "8.json").unlink()
+    with pytest.raises(ValueError): dpo.join_rewards(b, two["parts"])
 
 @pytest.fixture
 def accelerate(tmp_path) -> str:
