@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest, torch, yaml
 from tpro_nb.base_model import (INITS, bits_per_byte, check_sizes, fit, get_base, last_checkpoint, load_model, merge_and_save, new_rows, row_plan, run_steps, save_folder, set_attention, spelt,
                                 text_bits, trainable, transplant, vocab_matrices, windows)
-from tpro_nb.core import TOY_TEXT, UserError, toy, toy_model, toy_tokenizer
+from tpro_nb.core import TOY_TEXT, UserError, toy, toy_model, toy_tokenizer, write_jsonl
 from tpro_nb.midtraining import check_think, dataset, turn_ids
 from transformers import AutoTokenizer
 
@@ -146,6 +146,16 @@ def test_a_loss_that_is_no_number_stops_the_training(tmp_path):
         train(model_dir=str(toy("06_midtraining/model")), rows_path=str(toy("05_data/midtrain.jsonl")), out=str(tmp_path/"out"), work=str(tmp_path/"w"), steps=6, batch=1, accumulate=1,
               context=96, lr=1e30, lr_min=1e29, warmup=0, beta2=.95, eps=1e-8, weight_decay=0., clip=1e30, rank=0, save_every=100)
     assert not (tmp_path/"out").exists()
+
+def test_a_race_whose_loss_is_no_number_stops():
+    m, tok = load_model(toy("03_base_model/base"), torch.float32)
+    next(m.parameters()).data[:] = float("nan")
+    with pytest.raises(UserError, match="race: the loss is nan at step 1; lower lr"): run_steps(m, windows(tok, TOY_TEXT, 16), 2, 2, 1e-3, desc="race")
+
+def test_a_language_without_held_out_text_is_named(tmp_path):
+    from tpro_nb.midtraining import snippets
+    write_jsonl(tmp_path/"heldout.jsonl", [dict(lang="ru", text="Мороз и солнце"), dict(lang="en", text=" ")])
+    with pytest.raises(UserError, match="lacks texts in en; run stage 05_data again"): snippets(tmp_path/"heldout.jsonl", 5, 100)
 
 def test_a_tokenizer_that_splits_the_think_tokens_is_refused():
     from tokenizers import Tokenizer, models, pre_tokenizers

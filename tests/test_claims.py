@@ -187,6 +187,11 @@ def test_what_a_run_counted_comes_before_what_was_stated():
     rows = {r["stage"]: r for r in C.plan_rows(own, known)}
     assert rows["midtraining"]["tokens_b"] == 40 and rows["sft"]["tokens_b"] == 5e-4 and rows["eagle draft"]["tokens_b"] == pytest.approx(1.2e-4) and "counted" in rows["sft"]["note"]
 
+def test_all_prompts_of_dpo_are_those_that_05_deals():
+    stages = {"05_data": dict(prompts_dpo=2000), "09_dpo": dict(prompts=0, n=16, epochs=1.)}
+    assert C.tokens_of(stages, 2140., 1) == {"dpo_sampling": (2000*16*2140, "parameters"), "dpo": (2000*2*2140, "parameters")}
+    assert C.tokens_of({"09_dpo": stages["09_dpo"]}, 2140., 1) == {}                # how many there are is not known
+
 def test_attention_by_hand():
     assert C.attention_share(32768) == pytest.approx(64*2*32768*64*128/(2*32.8e9))
 

@@ -58,6 +58,8 @@ def test_small_profile_fits_as_it_is():
     got = D.examine(P.load_params(ROOT, "h100"), ROOT/"params"/"h100")
     assert got["problems"] == [] and all(f["total"] < 80 and f["world"] == 1 for f in got["fits"])
     assert got["configs"]["accelerate.yaml"]["kind"] == "single"
+    (dpo,) = (f for f in got["fits"] if f["stage"] == "09_dpo")
+    assert dpo["steps"] == -(-2000*.98//128) and dpo["tokens"] == 2000*2*2140           # pairs a step, though the rows are short
 
 def test_full_fine_tuning_of_32b_on_a_node_is_refused_with_the_sum(big):
     got = D.examine(big, FOLDER, cards=8)
@@ -189,7 +191,8 @@ def test_trl_configs_carry_the_stages_values(big):
     mid, dpo = got["06_midtraining"], got["09_dpo"]
     assert (mid.learning_rate, mid.max_length, mid.packing, mid.adam_beta2, mid.max_grad_norm, mid.max_steps) == (1e-5, 32768, True, .95, 1.0, 9750)
     assert mid.lr_scheduler_kwargs == dict(min_lr=1e-6) and got["07_sft"].max_steps == -1 and got["07_sft"].num_train_epochs == 2
-    assert (dpo.beta, dpo.learning_rate, dpo.max_length, dpo.loss_type) == (.5, 1e-7, 32768, ["sigmoid"])
+    assert (dpo.beta, dpo.learning_rate, dpo.max_length, dpo.loss_type, dpo.load_best_model_at_end) == (.5, 1e-7, 32768, ["sigmoid"], True)
+    assert got["07_sft"].pad_to_multiple_of == 64 and got["07_sft"].padding_free and str(getattr(mid.include_num_input_tokens_seen, "value", mid.include_num_input_tokens_seen)) == "all"
     schedule = got["07_sft"].lr_scheduler_type
     assert getattr(schedule, "value", schedule) == "cosine"
 

@@ -561,7 +561,7 @@ def tokens_of(stages: dict[str, dict],             # parameters of a profile or 
     if p := own("06_midtraining"): put("midtrain", steps(p, p["context"]))
     if (p := own("07_sft")).get("steps") and (p["packing"] or row): put("sft", steps(p, p["context"] if p["packing"] else row))
     if row and (p := own("08_reward_model")): put("rm", steps(p, 2*row))
-    if row and (p := own("09_dpo")).get("prompts"): put("dpo_sampling", p["prompts"]*p["n"]*row); put("dpo", p["prompts"]*p["epochs"]*2*row)
+    if row and (p := own("09_dpo")) and (n := p["prompts"] or own("05_data").get("prompts_dpo")): put("dpo_sampling", n*p["n"]*row); put("dpo", n*p["epochs"]*2*row)
     if p := own("11_eagle_draft"): put("draft", (p["base_tokens"] + p["chain_tokens"])*(p["epochs"] if p["online"] else 1))
     for _, short, _, stage in PLANNED:
         m = metrics.get(stage, {})

@@ -14,7 +14,7 @@ from warnings import catch_warnings, simplefilter
 import torch, yaml
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from .base_model import trainer_args
-from .claims import estimate, plan_table
+from .claims import estimate, plan_table, tokens_of
 from .core import UserError, environment
 from .dpo import dpo_args
 from .serving import Endpoint, arguments, check_flags
@@ -126,18 +126,20 @@ def accelerate_config(path: Path) -> dict:
 def trainings(params: dict, cards: int) -> list[dict]:
     "What each training stage of a profile will do on so many cards."
     plan, out = params.get("16_claims", {}), []
-    def add(stage, what, rows, length, flop, tokens, **more):
+    known = tokens_of(params, plan.get("plan_row_tokens"), cards)
+    def add(stage, what, rows, length, flop, tokens, pairs=lambda p: 0, **more):
         if (p := params.get(stage)) is not None:
             world = cards if p["nproc"] > 1 else 1
             step = p["batch"]*p["accumulate"]*world*rows*p[length]
-            tokens = tokens(p, step)
+            tokens, n = tokens(p, step), pairs(p)
             out.append(dict(stage=stage, what=what, sequences=p["batch"]*rows, length=p[length], length_name=length, world=world, rank=p["rank"], flop=flop, tokens=tokens,
-                            steps=None if tokens is None else math.ceil(tokens/step), batch=p["batch"], nproc=p["nproc"], accelerate=p.get("accelerate", ""), offload=stage[:2] in ("08", "09") and bool(p.get("accelerate"))) | dict(reference=False, head=True) | more)
+                            steps=math.ceil(n/(p["batch"]*p["accumulate"]*world)) if n else None if tokens is None else math.ceil(tokens/step), batch=p["batch"], nproc=p["nproc"], accelerate=p.get("accelerate", ""), offload=stage[:2] in ("08", "09") and bool(p.get("accelerate"))) | dict(reference=False, head=True) | more)
     planned = lambda key: None if plan.get(key) is None else plan[key]*1e6
     add("06_midtraining", "midtraining", 1, "context", 6, lambda p, step: p["steps"]*step)
     add("07_sft", "SFT", 1, "context", 6, lambda p, step: p["steps"]*step or planned("plan_sft_mtok"))
     add("08_reward_model", "reward model", 2, "max_length", 6, lambda p, step: p["steps"]*step, head=False)
-    add("09_dpo", "DPO", 2, "max_length", 8, lambda p, step: planned("plan_dpo_mtok"), reference=True)
+    add("09_dpo", "DPO", 2, "max_length", 8, lambda p, step: planned("plan_dpo_mtok") or known.get("dpo", [None])[0], reference=True,
+        pairs=lambda p: (p["prompts"] or params.get("05_data", {}).get("prompts_dpo", 0))*(1 - p["dev_share"])*p["epochs"])       # at most: a prompt whose answers are all alike gives none
     return out
 
 def trl_configs(params: dict) -> dict[str, object]:
@@ -149,15 +151,15 @@ def trl_configs(params: dict) -> dict[str, object]:
     adam = lambda p: dict(betas=(0.9, p["beta2"]), eps=p["eps"])
     if p := params.get("06_midtraining"):
         out["06_midtraining"] = trainer_args(SFTConfig, work, steps=p["steps"], schedule="cosine_with_min_lr", schedule_kwargs=dict(min_lr=p["lr_min"]), save_every=p["save_every"],
-                                             packing=True, packing_strategy="bfd", max_length=p["context"], **common(p), **adam(p))
+                                             packing=True, packing_strategy="bfd", max_length=p["context"], include_num_input_tokens_seen="all", **common(p), **adam(p))
     if p := params.get("07_sft"):
         out["07_sft"] = trainer_args(SFTConfig, work, steps=p["steps"] or -1, epochs=p["epochs"], save_every=p["save_every"], packing=p["packing"], packing_strategy="bfd",
-                                     max_length=p["context"] if p["packing"] else None, **common(p), **adam(p))
+                                     padding_free=True, pad_to_multiple_of=64, max_length=p["context"] if p["packing"] else None, **common(p), **adam(p))
     if p := params.get("08_reward_model"):
         out["08_reward_model"] = trainer_args(RewardConfig, work, steps=p["steps"], save_every=p["save_every"], max_length=p["max_length"],
                                               center_rewards_coefficient=p["center"] or None, activation_offloading=bool(p.get("accelerate")), **common(p))
     if p := params.get("09_dpo"):
-        out["09_dpo"] = dpo_args(work, epochs=p["epochs"], beta=p["beta"], max_length=p["max_length"], eval_every=p["eval_every"], early=False, activation_offloading=bool(p.get("accelerate")), **common(p), **adam(p))
+        out["09_dpo"] = dpo_args(work, epochs=p["epochs"], beta=p["beta"], max_length=p["max_length"], eval_every=p["eval_every"], early=p["dev_share"] > 0, activation_offloading=bool(p.get("accelerate")), **common(p), **adam(p))
     return out
 
 # %% ../nbs/91_doctor.ipynb #14c5d401
@@ -308,7 +310,7 @@ def examine(params: dict,                     # a profile's checked parameters b
     serving, more = servers(params, c, card_gb) if gpu else ([], [])
     problems += more
     hours = [estimate(t["what"], n, t["tokens"], t["flop"], mfu=plan.get("plan_mfu", .4), gpus=t["world"], peak_tflops=plan.get("plan_peak_tflops", 989.), device=plan.get("plan_device", "H100"),
-                      usd_per_gpu_h=plan.get("usd_per_gpu_h", 3.), rub_per_usd=plan.get("rub_per_usd", 80.), note="" if t["steps"] is None else f"{t['steps']:,} steps" + (", rows counted at full length" if t["sequences"] > t["batch"] else "")) for t in ts]
+                      usd_per_gpu_h=plan.get("usd_per_gpu_h", 3.), rub_per_usd=plan.get("rub_per_usd", 80.), note="" if t["steps"] is None else f"{t['steps']:,} steps" + ({"08_reward_model": ", rows counted at full length", "09_dpo": ", tokens as planned"}.get(t["stage"], ""))) for t in ts]
     host = host_memory(n, ts) if acc else 0
     if host > HOST_GB: problems.append(f"the ranks of a machine make whole models before they are sharded, {host:,.0f} GB of host memory; a DGX H100 has {HOST_GB:,}. Lower nproc, or set rank: 16.")
     warnings += cautions(ts, acc, host, gpu) + slow_writers(params, writes, gpu)
