@@ -59,7 +59,8 @@ def test_small_profile_fits_as_it_is():
     assert got["problems"] == [] and all(f["total"] < 80 and f["world"] == 1 for f in got["fits"])
     assert got["configs"]["accelerate.yaml"]["kind"] == "single"
     (dpo,) = (f for f in got["fits"] if f["stage"] == "09_dpo")
-    assert dpo["steps"] == -(-2000*.98//128) and dpo["tokens"] == 2000*2*2140           # pairs a step, though the rows are short
+    sft = next(f for f in got["fits"] if f["stage"] == "07_sft")
+    assert dpo["steps"] == -(-2000*.98//128) and sft["tokens"] == (3*1500 + 40_000)*2*2140          # by what 05 deals
 
 def test_full_fine_tuning_of_32b_on_a_node_is_refused_with_the_sum(big):
     got = D.examine(big, FOLDER, cards=8)
@@ -102,7 +103,7 @@ def test_a_stage_without_an_accelerate_file_is_weighed_and_started_as_torchrun_w
 def test_answers_that_one_card_cannot_write_are_said(big):
     notes = {n[:2]: n for n in D.examine(big, FOLDER)["warnings"] if "answers in one process" in n}
     rate = 3.35e12/(2*32_762_123_264 + 262_144*(30_000 + D.PROMPT))                 # bytes a second over bytes a token
-    assert set(notes) == {"08", "09"} and f"{1_600_000*2140/rate/86400:,.0f} days" in notes["09"] and "336,000 answers" in notes["08"]
+    assert set(notes) == {"08", "09"} and f"{128_000*2140/rate/86400:,.0f} days" in notes["09"] and "64,000 answers" in notes["08"]
     big["09_dpo"]["servers"] = {"07_sft": "http://127.0.0.1:30001/v1 07_sft"}
     assert not any(n.startswith("09_dpo writes") for n in D.examine(big, FOLDER)["warnings"])
 
@@ -195,6 +196,12 @@ def test_trl_configs_carry_the_stages_values(big):
     assert got["07_sft"].pad_to_multiple_of == 64 and got["07_sft"].padding_free and str(getattr(mid.include_num_input_tokens_seen, "value", mid.include_num_input_tokens_seen)) == "all"
     schedule = got["07_sft"].lr_scheduler_type
     assert getattr(schedule, "value", schedule) == "cosine"
+
+def test_a_deal_that_cannot_be_is_refused(big):
+    assert all(D.dealing(P.load_params(ROOT, p)["05_data"]) == [] for p in ("smoke", "cpu", "h100", "h100x32"))
+    ask = lambda **kw: D.examine(big | {"05_data": big["05_data"] | kw}, FOLDER)["problems"]
+    assert ask(prompts_dpo=100_000) == ["05_data: dpo: 30000 rows asked, 3150 left. Raise entries or problems_per_family, or ask for fewer."]
+    assert "05_data: cups/train has only" in ask(problems_per_family=50_000)[0]
 
 def test_trackers_that_are_not_there_are_refused(big, monkeypatch):
     asked = {s: p | (dict(report_to=n) if (n := {"06_midtraining": "trackio", "07_sft": "tensorbord", "09_dpo": "wandb"}.get(s)) else {}) for s, p in big.items()}

@@ -397,6 +397,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'tpro_nb.doctor.cautions': ('doctor.html#cautions', 'tpro_nb/doctor.py'),
                                 'tpro_nb.doctor.config_of': ('doctor.html#config_of', 'tpro_nb/doctor.py'),
                                 'tpro_nb.doctor.count': ('doctor.html#count', 'tpro_nb/doctor.py'),
+                                'tpro_nb.doctor.dealing': ('doctor.html#dealing', 'tpro_nb/doctor.py'),
                                 'tpro_nb.doctor.examine': ('doctor.html#examine', 'tpro_nb/doctor.py'),
                                 'tpro_nb.doctor.host_memory': ('doctor.html#host_memory', 'tpro_nb/doctor.py'),
                                 'tpro_nb.doctor.launch_line': ('doctor.html#launch_line', 'tpro_nb/doctor.py'),

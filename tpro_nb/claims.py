@@ -560,6 +560,7 @@ def tokens_of(stages: dict[str, dict],             # parameters of a profile or 
     def steps(p, size): return p["steps"]*p["batch"]*p["accumulate"]*gpus*size
     if p := own("06_midtraining"): put("midtrain", steps(p, p["context"]))
     if (p := own("07_sft")).get("steps") and (p["packing"] or row): put("sft", steps(p, p["context"] if p["packing"] else row))
+    elif p and row and (d := own("05_data")): put("sft", (d["sft_per_family"]*len(d["families"]) + d["sft_general"])*p["epochs"]*row)
     if row and (p := own("08_reward_model")): put("rm", steps(p, 2*row))
     if row and (p := own("09_dpo")) and (n := p["prompts"] or own("05_data").get("prompts_dpo")): put("dpo_sampling", n*p["n"]*row); put("dpo", n*p["epochs"]*2*row)
     if p := own("11_eagle_draft"): put("draft", (p["base_tokens"] + p["chain_tokens"])*(p["epochs"] if p["online"] else 1))

@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['QWEN3', 'PROMPT', 'BANDWIDTH', 'WRITES', 'HOST_GB', 'qwen3', 'count', 'config_of', 'sizes', 'memory', 'writing',
            'accelerate_config', 'trainings', 'trl_configs', 'model_rows', 'remedies', 'weigh', 'launch_line', 'servers',
-           'other_cards', 'row_split', 'untracked', 'examine', 'host_memory', 'slow_writers', 'cautions', 'said']
+           'other_cards', 'row_split', 'untracked', 'dealing', 'examine', 'host_memory', 'slow_writers', 'cautions',
+           'said']
 
 # %% ../nbs/91_doctor.ipynb #b93a9397
 import json, math, tempfile
@@ -16,8 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Con
 from .base_model import trainer_args
 from .claims import estimate, plan_table, tokens_of
 from .core import UserError, environment
+from .data import deal, problem_rows
 from .dpo import dpo_args
 from .serving import Endpoint, arguments, check_flags
+from .tmath import problems as draw_problems
 
 # %% ../nbs/91_doctor.ipynb #a8849e77
 QWEN3 = {"0.6B": (1024, 3072, 28, 16, 8, True, 596_049_920),
@@ -126,20 +129,19 @@ def accelerate_config(path: Path) -> dict:
 def trainings(params: dict, cards: int) -> list[dict]:
     "What each training stage of a profile will do on so many cards."
     plan, out = params.get("16_claims", {}), []
-    known = tokens_of(params, plan.get("plan_row_tokens"), cards)
-    def add(stage, what, rows, length, flop, tokens, pairs=lambda p: 0, **more):
+    row, data = plan.get("plan_row_tokens"), params.get("05_data", {})
+    def add(stage, what, rows, length, flop, tokens, **more):
         if (p := params.get(stage)) is not None:
             world = cards if p["nproc"] > 1 else 1
             step = p["batch"]*p["accumulate"]*world*rows*p[length]
-            tokens, n = tokens(p, step), pairs(p)
+            tokens = tokens(p, step)
             out.append(dict(stage=stage, what=what, sequences=p["batch"]*rows, length=p[length], length_name=length, world=world, rank=p["rank"], flop=flop, tokens=tokens,
-                            steps=math.ceil(n/(p["batch"]*p["accumulate"]*world)) if n else None if tokens is None else math.ceil(tokens/step), batch=p["batch"], nproc=p["nproc"], accelerate=p.get("accelerate", ""), offload=stage[:2] in ("08", "09") and bool(p.get("accelerate"))) | dict(reference=False, head=True) | more)
-    planned = lambda key: None if plan.get(key) is None else plan[key]*1e6
+                            steps=None if tokens is None else math.ceil(tokens/step), batch=p["batch"], nproc=p["nproc"], accelerate=p.get("accelerate", ""), offload=stage[:2] in ("08", "09") and bool(p.get("accelerate"))) | dict(reference=False, head=True) | more)
+    sft = tokens_of(params, row, cards).get("sft", [plan["plan_sft_mtok"]*1e6 if plan.get("plan_sft_mtok") else None])[0]
     add("06_midtraining", "midtraining", 1, "context", 6, lambda p, step: p["steps"]*step)
-    add("07_sft", "SFT", 1, "context", 6, lambda p, step: p["steps"]*step or planned("plan_sft_mtok"))
+    add("07_sft", "SFT", 1, "context", 6, lambda p, step: p["steps"]*step or sft)
     add("08_reward_model", "reward model", 2, "max_length", 6, lambda p, step: p["steps"]*step, head=False)
-    add("09_dpo", "DPO", 2, "max_length", 8, lambda p, step: planned("plan_dpo_mtok") or known.get("dpo", [None])[0], reference=True,
-        pairs=lambda p: (p["prompts"] or params.get("05_data", {}).get("prompts_dpo", 0))*(1 - p["dev_share"])*p["epochs"])       # at most: a prompt whose answers are all alike gives none
+    add("09_dpo", "DPO", 2, "max_length", 8, lambda p, step: (p["prompts"] or data.get("prompts_dpo", 0))*(1 - p["dev_share"])*p["epochs"]*2*p["max_length"] or None, reference=True)     # at most: alike answers give no pair
     return out
 
 def trl_configs(params: dict) -> dict[str, object]:
@@ -267,6 +269,18 @@ def untracked(params: dict) -> list[str]:
 # %% ../nbs/91_doctor.ipynb #2a3d29fa
 HOST_GB = 2000      # a DGX H100 has 2 TB
 
+def dealing(p: dict) -> list[str]:
+    "Problems: 05's parameters that the stage itself would complain of when it deals its own problems, had it all the other rows it wants."
+    if not p: return []
+    prompts = {s: p[f"prompts_{s}"] for s in ("rm_train", "rm_test", "dpo", "eagle")}
+    other = dict(id="any", family="any", mode="direct", answer=None, lang="ru", domain="any", tier="any", messages=[dict(content="")])
+    try:
+        own = problem_rows([x for f in p["families"] for x in draw_problems(f, p["problems_per_family"], p["seed"])])
+        deal(own + [other]*(2*p["sft_general"] + sum(prompts.values()) + 8), p["families"], sft_per_family=p["sft_per_family"], sft_general=p["sft_general"], midtrain_chars=0,
+             midtrain_problems_share=0., english_pct=0., prompts=prompts)
+    except UserError as e: return [f"05_data: {e}"]
+    return []
+
 def examine(params: dict,                     # a profile's checked parameters by stage
             folder: Path,                     # params/<profile>: accelerate files beside the parameters
             cards: int | None = None,         # instead of what the accelerate file says
@@ -301,7 +315,7 @@ def examine(params: dict,                     # a profile's checked parameters b
     problems += [f"{r['stage']}: accelerate names {r['file']}, which cuts a row over {r['parts']} cards; {r['usable'][4:]}. Name accelerate.yaml instead{', or set packing: false' if 'packed' in r['usable'] else ''}."
                  for r in split for t in ts if t["stage"] == r["stage"] and Path(t["accelerate"]).name == r["file"] and r["usable"].startswith("no")]
     fits, writes, more = weigh(c, params, ts, acc_of, card_gb)
-    problems += more + untracked(params)
+    problems += more + untracked(params) + dealing(params.get("05_data", {}))
     try:
         with catch_warnings():
             simplefilter("ignore", FutureWarning)                   # transformers' own renaming of an argument
@@ -310,7 +324,7 @@ def examine(params: dict,                     # a profile's checked parameters b
     serving, more = servers(params, c, card_gb) if gpu else ([], [])
     problems += more
     hours = [estimate(t["what"], n, t["tokens"], t["flop"], mfu=plan.get("plan_mfu", .4), gpus=t["world"], peak_tflops=plan.get("plan_peak_tflops", 989.), device=plan.get("plan_device", "H100"),
-                      usd_per_gpu_h=plan.get("usd_per_gpu_h", 3.), rub_per_usd=plan.get("rub_per_usd", 80.), note="" if t["steps"] is None else f"{t['steps']:,} steps" + ({"08_reward_model": ", rows counted at full length", "09_dpo": ", tokens as planned"}.get(t["stage"], ""))) for t in ts]
+                      usd_per_gpu_h=plan.get("usd_per_gpu_h", 3.), rub_per_usd=plan.get("rub_per_usd", 80.), note="" if t["steps"] is None else f"{t['steps']:,} steps" + (", rows counted at full length" if t["sequences"] > t["batch"] else "")) for t in ts]
     host = host_memory(n, ts) if acc else 0
     if host > HOST_GB: problems.append(f"the ranks of a machine make whole models before they are sharded, {host:,.0f} GB of host memory; a DGX H100 has {HOST_GB:,}. Lower nproc, or set rank: 16.")
     warnings += cautions(ts, acc, host, gpu) + slow_writers(params, writes, gpu)
