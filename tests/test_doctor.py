@@ -203,6 +203,10 @@ def test_a_deal_that_cannot_be_is_refused(big):
     assert ask(prompts_dpo=100_000) == ["05_data: dpo: 30000 rows asked, 3150 left. Raise entries or problems_per_family, or ask for fewer."]
     assert "05_data: cups/train has only" in ask(problems_per_family=50_000)[0]
 
+def test_a_training_that_one_kill_would_lose_is_said(big):
+    late = lambda **kw: [w for w in D.examine(big | {"09_dpo": big["09_dpo"] | kw}, FOLDER)["warnings"] if "a kill loses all" in w]
+    assert late() == [] and late(eval_every=63) == ["09_dpo: a checkpoint every 63 steps of 63 is one at the end, so a kill loses all; lower eval_every."]
+
 def test_trackers_that_are_not_there_are_refused(big, monkeypatch):
     asked = {s: p | (dict(report_to=n) if (n := {"06_midtraining": "trackio", "07_sft": "tensorbord", "09_dpo": "wandb"}.get(s)) else {}) for s, p in big.items()}
     monkeypatch.setattr(D, "find_spec", lambda name: object() if name == "wandb" else None)

@@ -150,7 +150,7 @@ def test_a_profile_that_stands_on_another(chain):
     run(chain); (chain/"outputs/toy/02_double/stamp.json").write_text(json.dumps(json.loads((chain/"outputs/toy/02_double/stamp.json").read_text()) | dict(licences=dict(rows="CC0-1.0"))))
     assert [s.stage for s in long()] == ["03_use"] and one(P.status) == [("current", "")]
     assert "02_double/y.json" in json.loads((chain/"outputs/toy/03_use/stamp.json").read_text())["inputs"]
-    assert P.licences_above(["02_double/y.json"], P.beneath(chain/"outputs/toy", P.load_params(chain, "long"))) == dict(rows="CC0-1.0")
+    assert P.licences_above(["02_double/y.json"], P.beneath(chain, chain/"outputs/toy", P.load_params(chain, "long"))) == dict(rows="CC0-1.0")
     for name in ("toy", "long"): P.publish(chain, name, say=lambda *_: 0)
     assert one(P.reference_status) == [("current", "")]
     (chain/"params/toy/02_double.yaml").write_text("run_dir: outputs/toy\nseed: 0\nn: 5\n"); (chain/"params/toy/01_make.yaml").write_text("run_dir: outputs/toy\nseed: 0\nn: 5\n")
@@ -160,6 +160,11 @@ def test_a_profile_that_stands_on_another(chain):
     assert one(P.reference_status) == changed
     long(); P.publish(chain, "long", say=lambda *_: 0)
     assert one(P.status) == one(P.reference_status) == [("current", "")]
+    old = chain/"outputs/reference/toy/03_use/stamp.json"; old.write_text(json.dumps(json.loads(old.read_text()) | dict(inputs={})))        # a stamp that does not say what was read
+    assert one(P.reference_status) == changed
+    (chain/"outputs/toy/02_double/stamp.json").unlink()                                                                                    # killed, or being made again
+    assert one(P.status) == changed
+    with pytest.raises(UserError, match="03_use needs 02_double/y.json, but 02_double is missing"): long()
 
 def test_seeds_leave_out_what_is_stale(chain):
     said = []
@@ -170,7 +175,11 @@ def test_seeds_leave_out_what_is_stale(chain):
     assert [(r["key"], r["values"]) for r in P.seeds(chain, "toy", said.append)] == [("gain", [0, 1, 2])] and not said
     (chain/"outputs/toy@2/03_use/metrics.json").write_text("{}")
     assert [r["values"] for r in P.seeds(chain, "toy", said.append)] == [[0, 1]] and said == ["left out, artefact changed or gone: metrics.json: toy@2/03_use"]
-    assert (chain/"outputs/toy/seeds.csv").read_text().splitlines()[1].endswith(",0 1")
+    table = (chain/"outputs/toy/seeds.csv").read_text()
+    assert table.splitlines()[1].endswith(",0 1")
+    (chain/"outputs/toy@old").mkdir(); (chain/"outputs/toy@1/03_use/metrics.json").write_text("{}")
+    with pytest.raises(UserError, match="no stage is current in two runs"): P.seeds(chain, "toy", said.append)
+    assert (chain/"outputs/toy/seeds.csv").read_text() == table
 
 def test_command_line_statuses(chain, monkeypatch, capsys):
     monkeypatch.chdir(chain)

@@ -136,7 +136,7 @@ def trainings(params: dict, cards: int) -> list[dict]:
             step = p["batch"]*p["accumulate"]*world*rows*p[length]
             tokens = tokens(p, step)
             out.append(dict(stage=stage, what=what, sequences=p["batch"]*rows, length=p[length], length_name=length, world=world, rank=p["rank"], flop=flop, tokens=tokens,
-                            steps=None if tokens is None else math.ceil(tokens/step), batch=p["batch"], nproc=p["nproc"], accelerate=p.get("accelerate", ""), offload=stage[:2] in ("08", "09") and bool(p.get("accelerate"))) | dict(reference=False, head=True) | more)
+                            steps=None if tokens is None else math.ceil(tokens/step), batch=p["batch"], nproc=p["nproc"], accelerate=p.get("accelerate", ""), offload=stage[:2] in ("08", "09") and bool(p.get("accelerate")), every=p.get("save_every") or p.get("eval_every")) | dict(reference=False, head=True) | more)
     sft = tokens_of(params, row, cards).get("sft", [plan["plan_sft_mtok"]*1e6 if plan.get("plan_sft_mtok") else None])[0]
     add("06_midtraining", "midtraining", 1, "context", 6, lambda p, step: p["steps"]*step)
     add("07_sft", "SFT", 1, "context", 6, lambda p, step: p["steps"]*step or sft)
@@ -354,6 +354,7 @@ def cautions(ts: list[dict], acc: dict | None, host: float, gpu: bool) -> list[s
         bare = [t["stage"] for t in ts if t["nproc"] > 1 and not t["accelerate"]]
         if bare: out.append(f"{', '.join(bare)}: accelerate is empty, so torchrun starts {'them' if len(bare) > 1 else 'it'} and nothing is sharded; name the accelerate file there.")
         if host > .4*HOST_GB: out.append(f"every rank of a machine reads whole weights before they are sharded, {host:,.0f} GB of host memory together (a DGX H100 has {HOST_GB:,}); fsdp_cpu_ram_efficient_loading does not spare it.")
+    out += [f"{t['stage']}: a checkpoint every {t['every']} steps of {t['steps']} is one at the end, so a kill loses all; lower {'eval_every' if t['stage'] == '09_dpo' else 'save_every'}." for t in ts if gpu and t["steps"] and t["every"] >= t["steps"]]
     long = [f"{t['stage']} ({t['length']:,})" for t in ts if t["length"] >= 8192]
     if gpu and long and find_spec("flash_attn") is None: out.append(f"rows of {', '.join(long)} tokens are weighed with FlashAttention, which this environment lacks: pip install flash-attn on the machine with the cards. Without it a packed row has a mask of tokens x tokens.")
     return out

@@ -186,15 +186,17 @@ class Status:
         self.stage, self.state, self.why, self.stamp = stage, state, why, stamp or {}
     def __repr__(self): return f"{self.stage:24}{self.state:9}{self.why}"
 
-def beneath(run: Path, params: dict) -> dict[str, Status]:
-    "Stages that are in a run's folder but not in the profile, as their stamps tell: `cpu-long` stands on `cpu`."
-    return {f.parent.name: Status(f.parent.name, "current", "", read_json(f)) for f in sorted(run.glob("[0-9]*/stamp.json")) if f.parent.name not in params}
+def beneath(root: Path, run: Path, params: dict) -> dict[str, Status]:
+    "Stages that are not in the profile, as their stamps in its run's folder tell (`cpu-long` stands on `cpu`); one that is read and has no stamp is missing, or was never made here."
+    stamped = {f.parent.name: Status(f.parent.name, "current", "", read_json(f)) for f in sorted(run.glob("[0-9]*/stamp.json"))}
+    read = {n.partition("/")[0] for s in params for n in inputs_of(root/"nbs"/f"{s}.ipynb")}
+    return {u: st for u, st in ({u: Status(u, "missing" if (run/u).is_dir() else "not here") for u in sorted(read)} | stamped).items() if u not in params}
 
 def input_changed(stamp: dict, inputs: list[str], done: dict[str, Status]) -> str:
     "The first input whose bytes are not those that the stamp records; empty where none is."
     for name in inputs:
         up, _, what = name.partition("/")
-        if up in done and stamp["inputs"].get(name, now := artefact_hash(done[up].stamp.get("outputs", {}), what)) != now: return name
+        if up in done and stamp["inputs"].get(name) != artefact_hash(done[up].stamp.get("outputs", {}), what): return name
     return ""
 
 def stage_status(run: Path, stage: str, keys: dict, done: dict[str, "Status"], inputs: list[str]) -> Status:
@@ -219,7 +221,7 @@ def status(root: Path, profile: str) -> list[Status]:
     "Every stage of a profile, in order. A stage above which something is not current is stale too."
     params = load_params(root, profile)
     run = root/next(iter(params.values()))["run_dir"]
-    keys, done = code_keys(root, params), beneath(run, params)
+    keys, done = code_keys(root, params), beneath(root, run, params)
     for stage in params:
         ins = inputs_of(root/"nbs"/f"{stage}.ipynb")
         st = stage_status(run, stage, keys[stage], done, ins)
@@ -229,10 +231,10 @@ def status(root: Path, profile: str) -> list[Status]:
     return [done[s] for s in params]
 
 def reference_status(root: Path, profile: str) -> list[Status]:
-    "The committed run of a profile: do its code keys still match the code? (Weights are not committed, so files are not compared.)"
+    "The committed run of a profile: do its code keys still match the code, and what it read from another profile's stages the stamps of these? (Weights are not committed, so files are not compared.)"
     params = load_params(root, profile)
     folder, out = root/"outputs"/"reference"/Path(next(iter(params.values()))["run_dir"]).name, []
-    below = beneath(folder, params)
+    below = beneath(root, folder, params)
     for stage, keys in code_keys(root, params).items():
         f = folder/stage/"stamp.json"
         s = read_json(f) if f.exists() else None
@@ -370,7 +372,7 @@ def run(root: Path, profile: str, only: str | None = None, start: str | None = N
     folder, wanted = root/next(iter(params.values()))["run_dir"], choose(list(params), only, start, end)
     guess = {s.stage: s.stamp.get("seconds") for s in reference_status(root, profile.partition("@")[0])}
     with run_lock(folder):
-        keys, done, n = code_keys(root, params), beneath(folder, params), len(params)
+        keys, done, n = code_keys(root, params), beneath(root, folder, params), len(params)
         for i, stage in enumerate(params, 1):
             ins = inputs_of(root/"nbs"/f"{stage}.ipynb")
             st = stage_status(folder, stage, keys[stage], done, ins)
@@ -456,11 +458,12 @@ def over_runs(runs: list[dict[str, dict]]) -> list[dict]:
 def seeds(root: Path, profile: str, say=print) -> list[dict]:
     "`over_runs` of a profile's runs with different seeds, current stages only; written to seeds.csv in the run's folder."
     first = root/next(iter(load_params(root, profile).values()))["run_dir"]
-    runs = [r for r in [first, *sorted(first.parent.glob(f"{first.name}@*"))] if r.is_dir()]
+    runs = [r for r in [first, *sorted(first.parent.glob(f"{first.name}@*"))] if r.is_dir() and (r == first or r.name.rpartition("@")[2].isdigit())]
     if len(runs) < 2: raise UserError(f"one seed is no comparison: tpro-nb run {profile}@1 --to 09 makes a second")
     states = {r: status(root, profile + r.name.removeprefix(first.name)) for r in runs}
     for r, st in [(r, s) for r in runs for s in states[r] if s.state == "stale"]: say(f"left out, {st.why}: {r.name}/{st.stage}")
     rows = over_runs([{s.stage: read_json(r/s.stage/"metrics.json") for s in states[r] if s.state == "current"} for r in runs])
+    if not rows: raise UserError(f"no stage is current in two runs of {profile}; tpro-nb status {profile} says why")
     num = lambda x: "" if x is None else f"{x:.4f}"
     lines = ["stage,key,mean,lo,hi,values"] + [f"{r['stage']},{r['key']},{num(r['mean'])},{num(r['lo'])},{num(r['hi'])},{' '.join(map(str, r['values']))}" for r in rows]
     atomic_write(first/"seeds.csv", "\n".join(lines) + "\n")
