@@ -266,9 +266,7 @@ def untracked(params: dict) -> list[str]:
         elif find_spec(name) is None: out.append(f"{stage}: report_to is {name!r}, and that package is not installed: pip install {name}, or report_to: none.")
     return out
 
-# %% ../nbs/91_doctor.ipynb #2a3d29fa
-HOST_GB = 2000      # a DGX H100 has 2 TB
-
+# %% ../nbs/91_doctor.ipynb #2a3d29f9
 def dealing(p: dict) -> list[str]:
     "Problems: 05's parameters that the stage itself would complain of when it deals its own problems, had it all the other rows it wants."
     if not p: return []
@@ -280,6 +278,9 @@ def dealing(p: dict) -> list[str]:
              midtrain_problems_share=0., english_pct=0., prompts=prompts)
     except UserError as e: return [f"05_data: {e}"]
     return []
+
+# %% ../nbs/91_doctor.ipynb #2a3d29fa
+HOST_GB = 2000      # a DGX H100 has 2 TB
 
 def examine(params: dict,                     # a profile's checked parameters by stage
             folder: Path,                     # params/<profile>: accelerate files beside the parameters
