@@ -70,7 +70,8 @@ def fake(monkeypatch):
     def generate(model, tok, prompts, think, max_new_tokens, temperature, n, seed, batch_size):
         calls.append((None, think, seed, len(prompts)))
         return [[dict(text=f"Ответ: {seed}, место {i}", finished=True)] for i, _ in enumerate(prompts)]      # a draw: the stream and the place in it
-    monkeypatch.setitem(sys.modules, "tpro_nb.sft", types.SimpleNamespace(generate=generate))
+    from tpro_nb.sft import draw_seed
+    monkeypatch.setitem(sys.modules, "tpro_nb.sft", types.SimpleNamespace(generate=generate, draw_seed=draw_seed))
     monkeypatch.setitem(sys.modules, "tpro_nb.base_model", types.SimpleNamespace(load_model=lambda p: (types.SimpleNamespace(to=lambda d: None), None)))
     import tpro_nb
     monkeypatch.setattr(tpro_nb, "sft", sys.modules["tpro_nb.sft"], raising=False)

@@ -228,7 +228,7 @@ def test_answers_and_rewards_are_made_where_the_accelerator_is(sft, tmp_path, mo
     import tpro_nb.dpo as D, tpro_nb.sft as S
     seen = []
     def generate(model, tok, prompts, think, **kw): seen.append(model.device.type); return [[dict(text="5", ids=[5], finished=True)]*kw["n"] for _ in prompts]
-    def score(model, tok, prompts, completions, **kw): seen.append(model.device.type); return [0.]*len(prompts)
+    def score(model, tok, prompts, completions, **kw): seen.append(model.device.type); return np.zeros(len(prompts))
     for m in (R, D): monkeypatch.setattr(m, "device", lambda: "meta"); monkeypatch.setattr(m, "score", score)
     monkeypatch.setattr(S, "generate", generate)
     core.toy_model(tmp_path/"rm", scalar_head=True)
