@@ -1010,6 +1010,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'tpro_nb.rounds': { 'tpro_nb.rounds.curve': ('rounds.html#curve', 'tpro_nb/rounds.py'),
                                 'tpro_nb.rounds.dpo_run': ('rounds.html#dpo_run', 'tpro_nb/rounds.py'),
                                 'tpro_nb.rounds.looked_at': ('rounds.html#looked_at', 'tpro_nb/rounds.py'),
+                                'tpro_nb.rounds.midtraining_run': ('rounds.html#midtraining_run', 'tpro_nb/rounds.py'),
                                 'tpro_nb.rounds.one_round': ('rounds.html#one_round', 'tpro_nb/rounds.py'),
                                 'tpro_nb.rounds.plot_curve': ('rounds.html#plot_curve', 'tpro_nb/rounds.py'),
                                 'tpro_nb.rounds.reward_gain': ('rounds.html#reward_gain', 'tpro_nb/rounds.py'),
