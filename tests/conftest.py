@@ -1,5 +1,6 @@
 "Paths and a toy chain that several test files use."
-import json, os, shutil
+import json, os, shutil, threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 import pytest
 
@@ -38,3 +39,18 @@ def chain(tmp_path):
         (tmp_path/"params"/"toy").mkdir(parents=True, exist_ok=True)
         (tmp_path/"params"/"toy"/f"{name}.yaml").write_text("run_dir: outputs/toy\nseed: 0\n")
     return tmp_path
+
+@pytest.fixture
+def answer_server():
+    "An OpenAI-compatible server whose thoughts come apart, as SGLang's reasoning parser sends them."
+    class H(BaseHTTPRequestHandler):
+        seen, down = [], False
+        def log_message(self, *a): pass
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"]))); H.seen.append(body)
+            think = body.get("chat_template_kwargs", {}).get("enable_thinking")
+            out = json.dumps(dict(choices=[dict(finish_reason="stop", message=dict(content=f"Ответ: {body.get('seed', 0) % 3}", reasoning_content="2 + 3" if think else None))])).encode()
+            self.send_response(200); self.send_header("Content-Length", str(len(out))); self.end_headers(); self.wfile.write(out)
+    s = HTTPServer(("127.0.0.1", 0), H); threading.Thread(target=s.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{s.server_port}/v1 07_sft", H
+    s.shutdown()

@@ -16,6 +16,7 @@ def big():
     p = P.load_params(ROOT, "h100x32")
     p["07_sft"]["eval_batch"], p["10_evaluation"]["batch_size"], p["11_eagle_draft"]["gen_batch"] = 6, 1, 8
     for stage in ("08_reward_model", "09_dpo"): p[stage] |= dict(sample_batch=1, servers={})
+    p["10_evaluation"]["servers"] = {}
     return p
 
 @pytest.mark.parametrize("size", D.QWEN3)
@@ -103,9 +104,17 @@ def test_a_stage_without_an_accelerate_file_is_weighed_and_started_as_torchrun_w
 def test_answers_that_one_card_cannot_write_are_said(big):
     notes = {n[:2]: n for n in D.examine(big, FOLDER)["warnings"] if "answers in one process" in n}
     rate = 3.35e12/(2*32_762_123_264 + 262_144*(30_000 + D.PROMPT))                 # bytes a second over bytes a token
-    assert set(notes) == {"08", "09"} and f"{128_000*2140/rate/86400:,.0f} days" in notes["09"] and "64,000 answers" in notes["08"]
-    big["09_dpo"]["servers"] = {"07_sft": "http://127.0.0.1:30001/v1 07_sft"}
+    hard = 3.35e12/(2*32_762_123_264 + 262_144*(32_768 + D.PROMPT))
+    assert "10_evaluation writes 1,200 answers" in notes["10"] and f"{1200*16_000/hard/86400:,.0f} days" in notes["10"]      # 100 of T-Math, 4 samples, 3 models
+    assert set(notes) == {"08", "09", "10"} and f"{128_000*2140/rate/86400:,.0f} days" in notes["09"] and "64,000 answers" in notes["08"]
+    big["09_dpo"]["servers"] = {"07_sft": "http://127.0.0.1:31001/v1 07_sft"}
     assert not any(n.startswith("09_dpo writes") for n in D.examine(big, FOLDER)["warnings"])
+
+def test_text_that_is_read_again_and_again_is_said(big):
+    (note,) = [w for w in D.examine(big, FOLDER)["warnings"] if w.startswith("06_midtraining reads")]
+    assert "40.89 billion" in note and "read 41 times" in note
+    big["05_data"]["midtrain_chars"] = 9750*128*32_768                     # four passes
+    assert not any(w.startswith("06_midtraining reads") for w in D.examine(big, FOLDER)["warnings"])
 
 def test_without_fsdp_many_cards_do_not_help(big, tmp_path):
     "Plain torchrun replicates: with no accelerate file every card holds all sixteen bytes."

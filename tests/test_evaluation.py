@@ -3,7 +3,7 @@ import json, sys, types
 import numpy as np
 import pytest
 from tpro_nb import evaluation as ev
-from tpro_nb.core import UserError, read_jsonl, toy_problems, write_jsonl
+from tpro_nb.core import UserError, read_jsonl, toy, toy_problems, write_jsonl
 
 def test_coverage_is_95_by_problem_and_less_by_answer():
     c = ev.coverage(sims=300)
@@ -72,7 +72,7 @@ def fake(monkeypatch):
         return [[dict(text=f"Ответ: {seed}, место {i}", finished=True)] for i, _ in enumerate(prompts)]      # a draw: the stream and the place in it
     from tpro_nb.sft import draw_seed
     monkeypatch.setitem(sys.modules, "tpro_nb.sft", types.SimpleNamespace(generate=generate, draw_seed=draw_seed))
-    monkeypatch.setitem(sys.modules, "tpro_nb.base_model", types.SimpleNamespace(load_model=lambda p: (types.SimpleNamespace(to=lambda d: None), None)))
+    monkeypatch.setitem(sys.modules, "tpro_nb.base_model", types.SimpleNamespace(device=lambda: "cpu", load_model=lambda p: (types.SimpleNamespace(to=lambda d: None), None)))
     import tpro_nb
     monkeypatch.setattr(tpro_nb, "sft", sys.modules["tpro_nb.sft"], raising=False)
     monkeypatch.setattr(tpro_nb, "base_model", sys.modules["tpro_nb.base_model"], raising=False)
@@ -94,6 +94,20 @@ def test_sampler_draws_anew_in_every_batch_and_a_killed_run_equals_an_unbroken_o
         assert go(tmp_path)["answers"] == 20 - n
         assert sorted(map(json.dumps, read_jsonl(tmp_path/"log.jsonl"))) == sorted(map(json.dumps, full))
     fake.clear(); assert go(tmp_path)["answers"] == 0 and not fake
+
+def test_a_server_answers_and_the_next_one_is_missed_when_its_turn_comes(answer_server, tmp_path):
+    name, H = answer_server
+    write_jsonl(tmp_path/"p.jsonl", toy_problems(5))
+    def ask(second):
+        jobs = [dict(name=n, path=str(toy("07_sft/model")), server=s, mode=m, key=n + m, max_new_tokens=4) for n, s in (("a", name), ("b", second)) for m in ("think", "direct")]
+        return ev.sample(jobs, str(tmp_path/"p.jsonl"), str(tmp_path/"log.jsonl"), k=2, temperature=.6, batch_size=2, seed=10)
+    with pytest.raises(UserError, match="servers http://127.0.0.1:9/v1 b: no answer"): ask("http://127.0.0.1:9/v1 b")
+    rows = read_jsonl(tmp_path/"log.jsonl")
+    assert {r["model"] for r in rows} == {"a"} and len(rows) == 20 and all(r["finished"] for r in rows)
+    assert {r["response"].split("Ответ")[0] for r in rows} == {"<think>2 + 3</think>", ""}
+    asked = [b for b in H.seen if b["max_tokens"] == 4]
+    assert len(asked) == 20 and len({(b["seed"], b["chat_template_kwargs"]["enable_thinking"]) for b in asked}) == 20
+    assert ask(name)["answers"] == 20 and len(read_jsonl(tmp_path/"log.jsonl")) == 40                   # goes on with the second model alone
 
 def test_other_settings_are_told_apart(fake, tmp_path):
     go(tmp_path); go(tmp_path, key="b")

@@ -78,21 +78,6 @@ def test_tournaments_side_by_side_make_the_same_pairs():
 def test_unreachable_judge_says_so(tmp_path):
     with pytest.raises(core.UserError, match="judge_url http://127.0.0.1:9/v1.*leave it empty"): R.server_at("http://127.0.0.1:9/v1 m", data.Kept(tmp_path/"v.jsonl"), "judge_url")
 
-@pytest.fixture
-def answer_server():
-    "An OpenAI-compatible server whose thoughts come apart, as SGLang's reasoning parser sends them."
-    class H(BaseHTTPRequestHandler):
-        seen, down = [], False
-        def log_message(self, *a): pass
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"]))); H.seen.append(body)
-            think = body.get("chat_template_kwargs", {}).get("enable_thinking")
-            out = json.dumps(dict(choices=[dict(finish_reason="stop", message=dict(content=f"Ответ: {body.get('seed', 0) % 3}", reasoning_content="2 + 3" if think else None))])).encode()
-            self.send_response(200); self.send_header("Content-Length", str(len(out))); self.end_headers(); self.wfile.write(out)
-    s = HTTPServer(("127.0.0.1", 0), H); threading.Thread(target=s.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{s.server_port}/v1 07_sft", H
-    s.shutdown()
-
 def test_a_server_answers_for_a_model_and_nothing_is_asked_twice(answer_server, tmp_path):
     name, H = answer_server
     path = str(core.toy("07_sft/model"))

@@ -394,6 +394,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'tpro_nb.data.zpd_select': ('data.html#zpd_select', 'tpro_nb/data.py')},
             'tpro_nb.doctor': { 'tpro_nb.doctor._count': ('doctor.html#_count', 'tpro_nb/doctor.py'),
                                 'tpro_nb.doctor.accelerate_config': ('doctor.html#accelerate_config', 'tpro_nb/doctor.py'),
+                                'tpro_nb.doctor.answers_asked': ('doctor.html#answers_asked', 'tpro_nb/doctor.py'),
                                 'tpro_nb.doctor.cautions': ('doctor.html#cautions', 'tpro_nb/doctor.py'),
                                 'tpro_nb.doctor.config_of': ('doctor.html#config_of', 'tpro_nb/doctor.py'),
                                 'tpro_nb.doctor.count': ('doctor.html#count', 'tpro_nb/doctor.py'),

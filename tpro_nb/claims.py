@@ -477,9 +477,9 @@ def attention_share(context: float) -> float:
 
 # %% ../nbs/16_claims.ipynb #c7d10e02
 def footprint(row: dict, per_token: float) -> dict:
-    "A plan's row with memory_gb (states on one card, no activations) and disk_gb (model, one checkpoint, tokens), in 10^9 bytes."
+    "A plan's row with memory_gb (states on one card, no activations) and disk_gb (model, three checkpoints, tokens), in 10^9 bytes."
     reads, n = per_token == 2, row["params_b"]
-    return row | dict(memory_gb=2*n if reads else (16 + 4*(per_token == 8))*n/row["gpus"], disk_gb=None if row["tokens_b"] is None else 2*n + (0 if reads else 12*n) + 4*row["tokens_b"])
+    return row | dict(memory_gb=2*n if reads else (16 + (2 if row["gpus"] > 1 else 4)*(per_token == 8))*n/row["gpus"], disk_gb=None if row["tokens_b"] is None else 2*n + (0 if reads else 3*12*n) + 4*row["tokens_b"])
 
 # %% ../nbs/16_claims.ipynb #da8b66f0
 def paper_plan(mfu: float = .4, gen_mfu: float = .1, params: float | None = None, **price) -> list[dict]:

@@ -81,25 +81,34 @@ def responses(result, n: int) -> list[list[dict]]:
     def one(x): return dict(text=x, finished=True, tokens=None) if isinstance(x, str) else dict(text=x["text"], finished=bool(x.get("finished", True)), tokens=len(x["ids"]) if "ids" in x else None)
     return [[one(x) for x in (xs if isinstance(xs, list) else [xs])][:n] for xs in result]
 
-def sample(jobs: list[dict],          # {name, path, mode, key, max_new_tokens}
+def sample(jobs: list[dict],          # {name, path, mode, key, max_new_tokens}, and server ("URL model") where one answers for it
            problems: str,             # jsonl
            log: str,                  # jsonl that grows
            k: int, temperature: float, batch_size: int, seed: int) -> dict:
     "Sample every job's problems k times; append to the log, skipping what is there. A batch of which some is there is drawn whole again, the same. Runs in a child process."
     os.environ["TQDM_DISABLE"] = "1"                     # one bar for all of it, not one a batch
-    import torch
     from tqdm import tqdm
     from tpro_nb import sft
-    from tpro_nb.base_model import load_model
+    from tpro_nb.base_model import device, load_model
+    def load(job):
+        if server := job.get("server"):
+            from tpro_nb.data import Kept
+            from tpro_nb.reward_model import server_at
+            from transformers import AutoTokenizer
+            return server_at(server, Kept(Path(log).parent/"served.jsonl"), "servers", batch_size), AutoTokenizer.from_pretrained(job["path"])
+        model, tok = load_model(job["path"])
+        return model.to(device()), tok
     rows, done = read_jsonl(problems), {(r["key"], r["problem_id"], r["sample"]) for r in (whole_lines(log))}
     parts = [rows[i:i+batch_size] for i in range(0, len(rows), batch_size)]
     todo = [(j, s, part, lost) for j in jobs for s in range(k) for part in parts if (lost := [p["problem_id"] for p in part if (j["key"], p["problem_id"], s) not in done])]
     start, loaded = time.perf_counter(), None
     with open(log, "a", encoding="utf-8") as f, tqdm(total=sum(len(lost) for *_, lost in todo), desc="sampling", unit="answer", disable=False, mininterval=1) as bar:
         for job, s, part, lost in todo:
-            if loaded != job["path"]: (model, tok), loaded = load_model(job["path"]), job["path"]; model.to("cuda" if torch.cuda.is_available() else "cpu")
+            if loaded != (of := (job["path"], job.get("server"))): (model, tok), loaded = load(job), of
             draws = sft.draw_seed(seed, s, part[0]["problem_id"])
-            got = responses(sft.generate(model, tok, [p["question"] for p in part], think=job["mode"] == "think", max_new_tokens=job["max_new_tokens"], temperature=temperature, n=1, seed=draws, batch_size=batch_size), 1)
+            how = dict(think=job["mode"] == "think", max_new_tokens=job["max_new_tokens"], temperature=temperature, n=1, seed=draws)
+            asked = [p["question"] for p in part]
+            got = responses(sft.served(model, tok, asked, **how) if job.get("server") else sft.generate(model, tok, asked, batch_size=batch_size, **how), 1)
             for p, (r,) in zip(part, got):
                 if p["problem_id"] in lost: f.write(json.dumps(dict(key=job["key"], model=job["name"], mode=job["mode"], problem_id=p["problem_id"], sample=s, seed=draws, response=r["text"], finished=r["finished"], tokens=r["tokens"]), ensure_ascii=False) + "\n")
             f.flush(); os.fsync(f.fileno()); bar.update(len(lost))
