@@ -109,6 +109,10 @@ def test_answers_that_one_card_cannot_write_are_said(big):
     assert set(notes) == {"08", "09", "10"} and f"{128_000*2140/rate/86400:,.0f} days" in notes["09"] and "64,000 answers" in notes["08"]
     big["09_dpo"]["servers"] = {"07_sft": "http://127.0.0.1:31001/v1 07_sft"}
     assert not any(n.startswith("09_dpo writes") for n in D.examine(big, FOLDER)["warnings"])
+    big["09_dpo"]["sample_batch"] = 64                                              # 09_dpo itself is still loaded here
+    assert any(p.startswith("09_dpo: sample_batch 64") for p in D.examine(big, FOLDER)["problems"])
+    big["09_dpo"]["servers"]["09_dpo"] = "http://127.0.0.1:31002/v1 09_dpo"
+    assert not any(p.startswith("09_dpo: sample_batch") for p in D.examine(big, FOLDER)["problems"])
 
 def test_text_that_is_read_again_and_again_is_said(big):
     (note,) = [w for w in D.examine(big, FOLDER)["warnings"] if w.startswith("06_midtraining reads")]

@@ -107,7 +107,8 @@ def test_a_server_answers_and_the_next_one_is_missed_when_its_turn_comes(answer_
     assert {r["response"].split("Ответ")[0] for r in rows} == {"<think>2 + 3</think>", ""}
     asked = [b for b in H.seen if b["max_tokens"] == 4]
     assert len(asked) == 20 and len({(b["seed"], b["chat_template_kwargs"]["enable_thinking"]) for b in asked}) == 20
-    assert ask(name)["answers"] == 20 and len(read_jsonl(tmp_path/"log.jsonl")) == 40                   # goes on with the second model alone
+    assert ask(name)["answers"] == 20 and len(read_jsonl(tmp_path/"log.jsonl")) == 40                   # goes on with the second model alone,
+    assert sum(b["max_tokens"] == 4 for b in H.seen) == 40                                              # and asks for it, though both servers call theirs by one name
 
 def test_other_settings_are_told_apart(fake, tmp_path):
     go(tmp_path); go(tmp_path, key="b")

@@ -416,6 +416,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'tpro_nb.doctor.trl_configs': ('doctor.html#trl_configs', 'tpro_nb/doctor.py'),
                                 'tpro_nb.doctor.untracked': ('doctor.html#untracked', 'tpro_nb/doctor.py'),
                                 'tpro_nb.doctor.weigh': ('doctor.html#weigh', 'tpro_nb/doctor.py'),
+                                'tpro_nb.doctor.writers': ('doctor.html#writers', 'tpro_nb/doctor.py'),
                                 'tpro_nb.doctor.writing': ('doctor.html#writing', 'tpro_nb/doctor.py')},
             'tpro_nb.dpo': { 'tpro_nb.dpo.assign_modes': ('dpo.html#assign_modes', 'tpro_nb/dpo.py'),
                              'tpro_nb.dpo.best_worst': ('dpo.html#best_worst', 'tpro_nb/dpo.py'),

@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['QWEN3', 'PROMPT', 'BANDWIDTH', 'WRITES', 'HOST_GB', 'T_MATH', 'qwen3', 'count', 'config_of', 'sizes', 'memory',
-           'writing', 'accelerate_config', 'trainings', 'trl_configs', 'model_rows', 'remedies', 'weigh', 'launch_line',
-           'servers', 'other_cards', 'row_split', 'untracked', 'dealing', 'examine', 'host_memory', 'answers_asked',
-           'slow_writers', 'cautions', 'said']
+           'writing', 'accelerate_config', 'trainings', 'trl_configs', 'model_rows', 'remedies', 'writers', 'weigh',
+           'launch_line', 'servers', 'other_cards', 'row_split', 'untracked', 'dealing', 'examine', 'host_memory',
+           'answers_asked', 'slow_writers', 'cautions', 'said']
 
 # %% ../nbs/91_doctor.ipynb #b93a9397
 import json, math, tempfile
@@ -191,6 +191,13 @@ BANDWIDTH = 3.35e12      # bytes a second that an H100 SXM reads of its memory (
 WRITES = [("07_sft", "eval_batch", "eval_tokens"), ("08_reward_model", "sample_batch", "max_new_tokens_think"), ("09_dpo", "sample_batch", "max_new_tokens_think"),
           ("10_evaluation", "batch_size", "max_new_tokens_think"), ("11_eagle_draft", "gen_batch", "chain_max_new")]
 
+def writers(params: dict, stage: str) -> list[str]:
+    "The models that write answers in a stage's own process: those that no server stands for."
+    p = params[stage]
+    models = {"08_reward_model": lambda: ["07_sft"] + ["06_midtraining"]*bool(p["n_midtrained"]), "09_dpo": lambda: ["07_sft", "09_dpo"],
+              "10_evaluation": lambda: p["chain"] + [m.split("=", 1)[0] for m in p["models"]]}.get(stage, lambda: [stage])()
+    return [m for m in models if not p.get("servers", {}).get(m)]
+
 def weigh(c, params: dict, ts: list[dict], acc_of, card_gb: float) -> tuple[list[dict], list[dict], list[str]]:
     "Rows for every training and every writing stage, and the problems found. `acc_of` gives the accelerate summary a training starts with."
     fits, writes, problems = [], [], []
@@ -206,7 +213,7 @@ def weigh(c, params: dict, ts: list[dict], acc_of, card_gb: float) -> tuple[list
             problems.append(f"{t['stage']}: {t['length_name']} {t['length']} with batch {t['batch']} and rank {t['rank']} needs {said} = {total:.1f} GB of a card's {card_gb:g} "
                             f"({t['world']} card{'s' if t['world'] > 1 else ''}, {how['shards']} shard{'s' if how['shards'] > 1 else ''}). Would fit: {remedies(c, t, how, card_gb)}.")
     for stage, batch, new in WRITES:
-        if stage not in params or params[stage].get("servers"): continue
+        if stage not in params or not writers(params, stage): continue
         n, length = params[stage][batch], params[stage][new]
         m = writing(c, n, length)
         most = int((card_gb - m["weights"])/writing(c, 1, length)["cache"])
@@ -343,13 +350,14 @@ def host_memory(n: int, ts: list[dict]) -> float:
 T_MATH = 331, 16_000        # its problems (paper section 2.1), and the median tokens of Qwen3-32B's answers to them
 
 def answers_asked(params: dict, stage: str) -> tuple[int, int]:
-    "Long answers that a stage has written, and tokens of each: 2,140 in 08 and 09, the paper's mean; in 10 those to T-Math."
-    p, data = params[stage], params.get("05_data", {})
+    "Long answers that the models loaded by a stage itself write, and tokens of each: 2,140 in 08 and 09, the paper's mean; in 10 those to T-Math."
+    p, data, here = params[stage], params.get("05_data", {}), writers(params, stage)
     if stage == "10_evaluation":
         public = p["benchmark"] or params.get("04_tmath", {}).get("benchmark")
-        return ("think" in p["modes"])*bool(public)*min(p["per_family"] or T_MATH[0], T_MATH[0])*p["samples"]*len(p["chain"] + p["models"]), T_MATH[1]
-    prompts, each = {"08_reward_model": (("rm_train", "rm_test"), ("n_think", "n_direct", "n_midtrained")), "09_dpo": (("dpo",), ("n",))}.get(stage, ((), ()))
-    return sum(data.get(f"prompts_{k}", 0) for k in prompts)*sum(p[k] for k in each), 2140
+        return ("think" in p["modes"])*bool(public)*min(p["per_family"] or T_MATH[0], T_MATH[0])*p["samples"]*len(here), T_MATH[1]
+    each = {"08_reward_model": {"07_sft": ("n_think", "n_direct"), "06_midtraining": ("n_midtrained",)}, "09_dpo": {"07_sft": ("n",)}}.get(stage, {})
+    prompts = sum(data.get(f"prompts_{k}", 0) for k in (("rm_train", "rm_test") if stage[:2] == "08" else ("dpo",)))
+    return prompts*sum(p[k] for m in here for k in each.get(m, ())), 2140
 
 def slow_writers(params: dict, writes: list[dict], gpu: bool) -> list[str]:
     "Notes: stages whose answers would take one card more than three days, at the most that its memory can be read."

@@ -95,7 +95,9 @@ def sample(jobs: list[dict],          # {name, path, mode, key, max_new_tokens},
             from tpro_nb.data import Kept
             from tpro_nb.reward_model import server_at
             from transformers import AutoTokenizer
-            return server_at(server, Kept(Path(log).parent/"served.jsonl"), "servers", batch_size), AutoTokenizer.from_pretrained(job["path"])
+            end = server_at(server, Kept(Path(log).parent/f"served-{job['key']}.jsonl"), "servers", batch_size)       # one file for every model, weights and mode
+            end.timeout_s = 600. + job["max_new_tokens"]                                        # an answer comes in one piece
+            return end, AutoTokenizer.from_pretrained(job["path"])
         model, tok = load_model(job["path"])
         return model.to(device()), tok
     rows, done = read_jsonl(problems), {(r["key"], r["problem_id"], r["sample"]) for r in (whole_lines(log))}
@@ -104,7 +106,7 @@ def sample(jobs: list[dict],          # {name, path, mode, key, max_new_tokens},
     start, loaded = time.perf_counter(), None
     with open(log, "a", encoding="utf-8") as f, tqdm(total=sum(len(lost) for *_, lost in todo), desc="sampling", unit="answer", disable=False, mininterval=1) as bar:
         for job, s, part, lost in todo:
-            if loaded != (of := (job["path"], job.get("server"))): (model, tok), loaded = load(job), of
+            if loaded != (of := job["key"] if job.get("server") else job["path"]): (model, tok), loaded = load(job), of
             draws = sft.draw_seed(seed, s, part[0]["problem_id"])
             how = dict(think=job["mode"] == "think", max_new_tokens=job["max_new_tokens"], temperature=temperature, n=1, seed=draws)
             asked = [p["question"] for p in part]
