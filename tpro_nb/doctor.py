@@ -347,7 +347,7 @@ def host_memory(n: int, ts: list[dict]) -> float:
     "GB that one machine's processes hold before their models are sharded: fp32 weights in each, DPO's bf16 reference once, as mapped pages."
     return max((n*(t["nproc"]*4 + 2*t["reference"])*(not t["rank"])/1e9 for t in ts if t["nproc"] > 1), default=0)
 
-T_MATH = 331, 16_000        # its problems (paper section 2.1), and the median tokens of Qwen3-32B's answers to them
+T_MATH = 331, 16_000        # its problems (paper App. H), and the tokens of Qwen3-32B's median answer, as params/tpro says
 
 def answers_asked(params: dict, stage: str) -> tuple[int, int]:
     "Long answers that the models loaded by a stage itself write, and tokens of each: 2,140 in 08 and 09, the paper's mean; in 10 those to T-Math."
@@ -355,9 +355,9 @@ def answers_asked(params: dict, stage: str) -> tuple[int, int]:
     if stage == "10_evaluation":
         public = p["benchmark"] or params.get("04_tmath", {}).get("benchmark")
         return ("think" in p["modes"])*bool(public)*min(p["per_family"] or T_MATH[0], T_MATH[0])*p["samples"]*len(here), T_MATH[1]
-    each = {"08_reward_model": {"07_sft": ("n_think", "n_direct"), "06_midtraining": ("n_midtrained",)}, "09_dpo": {"07_sft": ("n",)}}.get(stage, {})
-    prompts = sum(data.get(f"prompts_{k}", 0) for k in (("rm_train", "rm_test") if stage[:2] == "08" else ("dpo",)))
-    return prompts*sum(p[k] for m in here for k in each.get(m, ())), 2140
+    prompts, each = {"08_reward_model": (("rm_train", "rm_test"), {"07_sft": ("n_think", "n_direct"), "06_midtraining": ("n_midtrained",)}),
+                     "09_dpo": (("dpo",), {"07_sft": ("n",)})}.get(stage, ((), {}))
+    return sum(data.get(f"prompts_{k}", 0) for k in prompts)*sum(p[k] for m in here for k in each.get(m, ())), 2140
 
 def slow_writers(params: dict, writes: list[dict], gpu: bool) -> list[str]:
     "Notes: stages whose answers would take one card more than three days, at the most that its memory can be read."
