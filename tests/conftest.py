@@ -1,5 +1,5 @@
 "Paths and a toy chain that several test files use."
-import json, os, shutil, threading
+import json, os, shutil, threading, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 import pytest
@@ -44,10 +44,10 @@ def chain(tmp_path):
 def answer_server():
     "An OpenAI-compatible server whose thoughts come apart, as SGLang's reasoning parser sends them."
     class H(BaseHTTPRequestHandler):
-        seen, down = [], False
+        seen, slow = [], 0.0      # slow: seconds before it answers
         def log_message(self, *a): pass
         def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"]))); H.seen.append(body)
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"]))); H.seen.append(body); time.sleep(H.slow)
             think = body.get("chat_template_kwargs", {}).get("enable_thinking")
             out = json.dumps(dict(choices=[dict(finish_reason="stop", message=dict(content=f"Ответ: {body.get('seed', 0) % 3}", reasoning_content="2 + 3" if think else None))])).encode()
             self.send_response(200); self.send_header("Content-Length", str(len(out))); self.end_headers(); self.wfile.write(out)

@@ -142,7 +142,7 @@ def test_report(tmp_path):
     table = A.report([r | dict(speedup=1.3 + .01*r["seed"]) for r in rows(.12)], tmp_path, say=said.append)
     assert any("eagle" in t["term"] and t["effect"] == pytest.approx(1.31) and t["lo"] < 1.31 < t["hi"] for t in table)
     eagle = next(t for t in table if "eagle" in t["term"])
-    assert (eagle["lo"], eagle["hi"]) == pytest.approx(A.P.mean_ci([1.3, 1.31, 1.32])[1:])              # three seeds, not 24 cells
+    assert (eagle["lo"], eagle["hi"]) == pytest.approx(A.mean_ci([1.3, 1.31, 1.32])[1:])              # three seeds, not 24 cells
     assert (tmp_path/"effects.csv").read_text().startswith("response,term,effect") and any("not significant" in s for s in said)
     assert (tmp_path/"effects.png").read_bytes().startswith(b"\x89PNG") and not any("eagle" in l.get_text() for l in A.forest(table).axes[0].get_yticklabels())      # its ratio is a mean, not an effect
 

@@ -1,9 +1,10 @@
 "Reward model: bracket algebra, judges, pairs, pooling, exact best-of-n, calibration, and the trainer with its resume."
-import itertools, json, math, random, threading
+import itertools, json, math, random, shutil, threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest, torch
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file, save_file
 from tpro_nb import core, data, reward_model as R
 
 @pytest.mark.parametrize("n", [2, 4, 8, 16, 32])
@@ -87,11 +88,27 @@ def test_a_server_answers_for_a_model_and_nothing_is_asked_twice(answer_server, 
     assert len(rows) == 24 and {r["text"].split("Ответ")[0] for r in rows if r["mode"] == "think"} == {"<think>2 + 3</think>"} and {r["verdict"] for r in rows} == {"correct", "wrong"}
     tok = core_tok(path)
     assert all(tok.decode(r["ids"]) == r["text"] + "<|im_end|>" for r in rows)
-    asked = H.seen[:]; assert len(asked) == 25 and sum(b["max_tokens"] == 64 for b in asked) == 12          # one of them the first question, of one token
-    assert len({b["seed"] for b in asked if b["max_tokens"] > 1}) == 24                                     # every answer draws for itself, over prompts too
+    asked = [b for b in H.seen if b["max_tokens"] > 1]; assert len(asked) == 24 and len(H.seen) == 26 and sum(b["max_tokens"] == 64 for b in asked) == 12      # two first questions, of one token
+    assert len({b["seed"] for b in asked}) == 24                                                            # every answer draws for itself, over prompts too
+    assert {(b["temperature"], b["top_p"], b["top_k"]) for b in asked} == {(1.0, 1.0, -1)}                  # a server would put generation_config's values where nothing is said
+    dead = "http://127.0.0.1:9/v1 m"
+    ask("b.jsonl", dead); assert core.read_jsonl(tmp_path/"b.jsonl") == rows                                # nothing is missing: no server needed
     for f in (tmp_path/"w").glob("sample-*"): f.unlink()                                                    # killed before a chunk was written: the answers are there
-    ask("b.jsonl"); assert len(H.seen) == 26 and core.read_jsonl(tmp_path/"b.jsonl") == rows
-    with pytest.raises(core.UserError, match="servers http://127.0.0.1:9/v1 m: no answer"): ask("c.jsonl", "http://127.0.0.1:9/v1 m")
+    ask("c.jsonl"); assert len(H.seen) == 28 and core.read_jsonl(tmp_path/"c.jsonl") == rows
+    next((tmp_path/"w").glob("sample-*")).unlink()
+    with pytest.raises(core.UserError, match="servers http://127.0.0.1:9/v1 m: no answer"): ask("d.jsonl", dead)
+    other = tmp_path/"other"; shutil.copytree(path, other); tensors = load_file(other/"model.safetensors"); save_file({k: v + 1 for k, v in tensors.items()}, other/"model.safetensors", {"format": "pt"})
+    before = len(H.seen); path = str(other)
+    ask("e.jsonl"); assert len(H.seen) == before + 26                                                       # other weights under the server's old name: nothing of the old answers is taken
+
+def test_a_long_answer_is_waited_for(answer_server, tmp_path):
+    "A server that thinks for longer than the endpoint of chapter 05 waits: the wait grows with the tokens asked for."
+    name, H = answer_server
+    assert [R.server_at(name, data.Kept(tmp_path/"v.jsonl"), "servers", max_new_tokens=n).timeout_s for n in (0, 30_000)] == [600, 30_600]
+    end = R.server_at(name, data.Kept(tmp_path/"v.jsonl"), "servers"); end.retries, H.slow = 0, 1.0
+    ask = lambda: end.ask("/chat/completions", [dict(max_tokens=2, messages=[dict(role="user", content="2 + 2?")])], lambda a: a["choices"][0]["finish_reason"])
+    end.timeout_s = .3; assert isinstance(ask()[0], data.Unanswered)
+    end.timeout_s = 30; assert ask() == ["stop"]
 
 def test_chunks_of_prompts_draw_independently(tmp_path):
     "The same question twice, in two chunks: with one stream for all chunks the answers would be the same; and two models answer a chunk under the same luck."

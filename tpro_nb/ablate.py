@@ -12,7 +12,7 @@ import argparse, csv, importlib, io, itertools, shutil
 from pathlib import Path
 import yaml
 from . import pipeline as P
-from .core import UserError, atomic_write, project_root, read_json, read_jsonl, write_json, write_jsonl
+from .core import UserError, atomic_write, mean_ci, project_root, read_json, read_jsonl, write_json, write_jsonl
 
 # %% ../nbs/92_ablate.ipynb #ab920005
 FACTORS = ("vocabulary", "midtraining", "reward", "dpo")
@@ -181,7 +181,7 @@ def effects(rows: list[dict], response: str,
 def over_seeds(values: list[float]) -> dict:
     "One difference a seed → its mean, 95 % t interval and p; no p where they do not vary."
     from scipy.stats import ttest_1samp
-    return dict(zip(("effect", "lo", "hi"), P.mean_ci(values))) | dict(p=float(ttest_1samp(values, 0).pvalue) if len(set(values)) > 1 else None)
+    return dict(zip(("effect", "lo", "hi"), mean_ci(values))) | dict(p=float(ttest_1samp(values, 0).pvalue) if len(set(values)) > 1 else None)
 
 # %% ../nbs/92_ablate.ipynb #ab920019
 ENGLISH = (0., 5., 10., 20., 40.)
@@ -222,7 +222,7 @@ def shares(rows: list[dict], response: str) -> list[dict]:
     at = lambda e: [r[response] for r in sorted(rows, key=lambda r: r["seed"]) if r["english_pct"] == e]
     least, *more = sorted({r["english_pct"] for r in rows})
     if len({tuple(sorted(r["seed"] for r in rows if r["english_pct"] == e)) for e in (least, *more)}) > 1: raise UserError(f"{response}: every seed needs every share once")
-    row = lambda term, values: dict(term=term) | dict(zip(("effect", "lo", "hi"), P.mean_ci(values)))
+    row = lambda term, values: dict(term=term) | dict(zip(("effect", "lo", "hi"), mean_ci(values)))
     means = [row(f"{e:g} % English", at(e)) | dict(p=None, verdict="mean") for e in (least, *more)]
     if len(at(least)) < 2: return means                     # one seed: nothing to judge a difference by
     gaps = {e: [b - a for a, b in zip(at(least), at(e))] for e in more}
@@ -311,7 +311,7 @@ def report(rows: list[dict], out: Path, sweep: str = "", say=print) -> list[dict
         else: table += [dict(response=name) | e for e in effects(rows, name, RESPONSES.get(name, [""])[0] == "06_midtraining")]
         if name == "speedup" and not sweep:
             by_seed = [sum(v)/len(v) for s in sorted({r["seed"] for r in rows}) for v in [[r[name] for r in rows if r["seed"] == s]]]         # cells of a seed share their luck
-            m, lo, hi = P.mean_ci(by_seed); table.append(dict(response=name, term="eagle (speed with the draft over speed without, mean of the seeds' means)", effect=m, lo=lo, hi=hi, p=None, verdict="mean"))
+            m, lo, hi = mean_ci(by_seed); table.append(dict(response=name, term="eagle (speed with the draft over speed without, mean of the seeds' means)", effect=m, lo=lo, hi=hi, p=None, verdict="mean"))
     buf, to = io.StringIO(), Path(out)/f"{sweep or 'effects'}.csv"
     w = csv.DictWriter(buf, fieldnames=list(table[0])); w.writeheader(); w.writerows(table); atomic_write(to, buf.getvalue())
     size = f"{len(rows)} nano chains, {len({r['seed'] for r in rows})} seeds"

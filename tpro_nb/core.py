@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['CHILD_ENV', 'PACKAGES', 'CHAT_TEMPLATE', 'SPECIALS', 'THINK', 'TOY_TEXT', 'TOYS', 'UserError', 'project_root',
            'outputs_dir', 'cache_dir', 'atomic_write', 'write_json', 'write_jsonl', 'read_json', 'read_jsonl', 'sha256',
-           'Run', 'peak_mb', 'seed_everything', 'metric_table', 'check_metrics', 'ratio_ci', 'launch', 'launch_each',
-           'starter', 'environment', 'toy_tokenizer', 'toy_model', 'toy_problems', 'toy_rows', 'toy']
+           'Run', 'peak_mb', 'seed_everything', 'metric_table', 'check_metrics', 'ratio_ci', 'mean_ci', 'launch',
+           'launch_each', 'starter', 'environment', 'toy_tokenizer', 'toy_model', 'toy_problems', 'toy_rows', 'toy']
 
 # %% ../nbs/00_core.ipynb #2445e493
 import atexit, csv, ctypes, hashlib, importlib, json, os, platform, random, resource, shlex, signal, subprocess, sys, time
@@ -172,6 +172,14 @@ def ratio_ci(num: Iterable[float],         # per cluster (prompt, problem): the 
         ci = bootstrap((num, den), lambda a, b, axis=-1: a.sum(axis)/b.sum(axis), paired=True, vectorized=True,
                        method="percentile", n_resamples=n, rng=np.random.default_rng(seed)).confidence_interval
     return float(value), float(ci.low), float(ci.high)
+
+def mean_ci(values: list[float]) -> tuple[float, float | None, float | None]:
+    "Mean of a few whole runs (seeds) and its 95 % t interval; no interval for one value or for equal ones."
+    from scipy.stats import ttest_1samp
+    mean = sum(values)/len(values)
+    if len(set(values)) < 2: return mean, None, None
+    ci = ttest_1samp(values, 0).confidence_interval()
+    return mean, float(ci.low), float(ci.high)
 
 # %% ../nbs/00_core.ipynb #91c2e025
 CHILD_ENV = {"OMP_WAIT_POLICY": "PASSIVE",   # spinning threads turned 5 s into 75-140 s where processes share cores

@@ -1001,7 +1001,7 @@ def take(pool: list[dict], n: int, why: str) -> list[dict]:
 def prompts_from(rows: list[dict], split: str) -> list[dict]:
     return [dict(id=r["id"], prompt=r["messages"][0]["content"], answer=r["answer"], family=r["family"], domain=r["domain"], lang=r["lang"], split=split) for r in rows]
 
-def deal(rows: list[dict], families: list[str], *, sft_per_family: int, sft_general: int, midtrain_chars: int, midtrain_problems_share: float, english_pct: float, prompts: dict[str, int]) -> dict[str, list[dict]]:
+def deal(rows: list[dict], families: list[str], *, sft_per_family: int, sft_general: int, midtrain_chars: int, midtrain_problems_share: float, english_pct: float, prompts: dict[str, int], dpo_open_share: float = .1) -> dict[str, list[dict]]:
     "Disjoint shares: sft_train, sft_dev, prompts, midtrain."
     pools = {f: [r for r in rows if r["family"] == f] for f in families}
     general, pairs = ([r for r in rows if r["answer"] is None and (r["lang"] == "ru-en") == side] for side in (False, True))
@@ -1010,7 +1010,7 @@ def deal(rows: list[dict], families: list[str], *, sft_per_family: int, sft_gene
     out["sft_dev"] = [r for f in families for r in half(f, max(4, sft_per_family//10), "sft_dev")] + take(general, max(4, sft_general//10), "sft_dev")
     out["prompts"] = []
     for split, n in prompts.items():
-        open_share = n//2 if split == "eagle" else n//10       # the draft needs the language, the reward needs answers that can be checked
+        open_share = int(n*dict(eagle=.5, dpo=dpo_open_share).get(split, .1) + 1e-9)       # the draft needs the language, the reward needs answers that can be checked
         got = [r for i, f in enumerate(families) for r in take(pools[f], (n - open_share)//len(families) + (i < (n - open_share) % len(families)), split)] + take(general, open_share, split)
         out["prompts"] += prompts_from(got, split)
     out["midtrain"] = _midtrain(general, [r for f in families for r in pools[f]], midtrain_chars, midtrain_problems_share, english_pct) + pairs      # parallel texts come on top

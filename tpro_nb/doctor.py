@@ -285,7 +285,7 @@ def dealing(p: dict) -> list[str]:
     try:
         own = problem_rows([x for f in p["families"] for x in draw_problems(f, p["problems_per_family"], p["seed"])])
         deal(own + [other]*(2*p["sft_general"] + sum(prompts.values()) + 8), p["families"], sft_per_family=p["sft_per_family"], sft_general=p["sft_general"], midtrain_chars=0,
-             midtrain_problems_share=0., english_pct=0., prompts=prompts)
+             midtrain_problems_share=0., english_pct=0., prompts=prompts, dpo_open_share=p["dpo_open_share"])
     except UserError as e: return [f"05_data: {e}"]
     return []
 

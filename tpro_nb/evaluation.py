@@ -95,8 +95,7 @@ def sample(jobs: list[dict],          # {name, path, mode, key, max_new_tokens},
             from tpro_nb.data import Kept
             from tpro_nb.reward_model import server_at
             from transformers import AutoTokenizer
-            end = server_at(server, Kept(Path(log).parent/f"served-{job['key']}.jsonl"), "servers", batch_size)       # one file for every model, weights and mode
-            end.timeout_s = 600. + job["max_new_tokens"]                                        # an answer comes in one piece
+            end = server_at(server, Kept(Path(log).parent/f"served-{job['key']}.jsonl"), "servers", batch_size, job["max_new_tokens"])       # one file for every model, weights and mode
             return end, AutoTokenizer.from_pretrained(job["path"])
         model, tok = load_model(job["path"])
         return model.to(device()), tok

@@ -6,9 +6,9 @@ __all__ = ['TYPES', 'SCRATCH', 'test', 'PUBLISHED', 'LIMIT_KB', 'FORWARDED', 'co
            'result_hash', 'code_keys', 'why_differs', 'list_outputs', 'artefact_hash', 'Status', 'beneath',
            'input_changed', 'stage_status', 'status', 'reference_status', 'run_lock', 'hms', 'export_all', 'execute',
            'row_licences', 'model_card', 'write_cards', 'energy_counters', 'energy_used', 'run_stage', 'git_version',
-           'choose', 'run', 'key_at_start', 'licences_above', 'with_prose', 'publish', 'mean_ci', 'over_runs', 'seeds',
-           'parser', 'checkout', 'cmd_run', 'cmd_status', 'cmd_publish', 'cmd_seeds', 'run_folder', 'cmd_report',
-           'cmd_plan', 'cmd_certify', 'cmd_doctor', 'forward', 'main']
+           'choose', 'run', 'key_at_start', 'licences_above', 'with_prose', 'publish', 'over_runs', 'seeds', 'parser',
+           'checkout', 'cmd_run', 'cmd_status', 'cmd_publish', 'cmd_seeds', 'run_folder', 'cmd_report', 'cmd_plan',
+           'cmd_certify', 'cmd_doctor', 'forward', 'main']
 
 # %% ../nbs/90_pipeline.ipynb #e4d916a5
 import argparse, ast, difflib, hashlib, importlib, json, os, re, shutil, subprocess, sys, tempfile, time
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 import yaml
-from .core import UserError, project_root, atomic_write, write_json, read_json, sha256, environment, PACKAGES
+from .core import UserError, project_root, atomic_write, write_json, read_json, sha256, environment, mean_ci, PACKAGES
 
 # %% ../nbs/90_pipeline.ipynb #531b0c0e
 def code_cells(nb: Path) -> list[dict]:
@@ -439,14 +439,6 @@ def publish(root: Path, profile: str, say=print) -> Path:
     return dst
 
 # %% ../nbs/90_pipeline.ipynb #f21c1c3a
-def mean_ci(values: list[float]) -> tuple[float, float | None, float | None]:
-    "Mean and its 95 % t interval; no interval for one value or for equal ones."
-    from scipy.stats import ttest_1samp
-    mean = sum(values)/len(values)
-    if len(set(values)) < 2: return mean, None, None
-    ci = ttest_1samp(values, 0).confidence_interval()
-    return mean, float(ci.low), float(ci.high)
-
 def over_runs(runs: list[dict[str, dict]]) -> list[dict]:
     "One {stage: metrics} a run → every metric that has an interval and two runs or more: values, mean, 95 % t interval over the runs."
     rows = []

@@ -9,6 +9,7 @@ __all__ = ['JUDGE_PROMPT', 'bt_loss', 'knockout', 'both_orders', 'verifier_judge
 import math, random, re, time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 import numpy as np
 import torch
@@ -77,11 +78,11 @@ JUDGE_PROMPT = """You compare two answers of an assistant to one question. Judge
 
 Explain in two sentences, then write the verdict on its own line: [[A]] if A is better, [[B]] if B is better, [[C]] if they are equal."""
 
-def server_at(name: str, kept: Kept, parameter: str, workers: int = 8) -> Endpoint:
-    "The endpoint `name`, \"URL model\", once it has answered a question; what it says later is kept in `kept`. `parameter` is what to mend if it does not."
+def server_at(name: str, kept: Kept, parameter: str, workers: int = 8, max_new_tokens: int = 0) -> Endpoint:
+    "The endpoint `name`, \"URL model\", once it has answered a question; it waits 600 s and one more a new token, for an answer comes in one piece, and keeps it in `kept`. `parameter` is what to mend if there is none."
     said = Endpoint(name, kept, retries=0).post("/chat/completions", dict(model=name.split()[-1], max_tokens=1, messages=[dict(role="user", content=JUDGE_PROMPT.format(prompt="2 + 2?", a="4", b="5"))]), lambda a: a["choices"][0])
     if isinstance(said, Unanswered): raise UserError(f"{parameter} {name}: no answer ({said}). Start that server, mend {parameter}, or leave it empty.")
-    return Endpoint(name, kept, per_s=1000.0, workers=workers)
+    return Endpoint(name, kept, per_s=1000.0, timeout_s=600.0 + max_new_tokens, workers=workers)
 
 def llm_judge(judge: Endpoint, prompt: str, texts: list[str], template: str = JUDGE_PROMPT):
     "Order of two answers by a model behind an OpenAI-compatible endpoint."
@@ -100,15 +101,20 @@ def sample(sources: list[dict],   # {name, path, mode: think/direct, n}, and ser
            work: str, temperature: float, max_new_tokens: dict[str, int], batch_size: int = 64, seed: int = 0) -> dict:
     "`n` answers of every source to every prompt, graded; rows are grouped by prompt in the order of `sources`."
     from tpro_nb.sft import draw_seed, generate, served
-    begin, parts, made = time.perf_counter(), defaultdict(list), 0
-    far = {name: server_at(name, Kept(Path(work)/"served.jsonl"), "servers", batch_size) for name in {s.get("server") for s in sources if s["n"]} - {None, ""}}
+    begin, parts, made, plan = time.perf_counter(), defaultdict(list), 0, []
     todo = sorted(prompts, key=lambda p: (len(p["prompt"]), p["id"]))
     for s in sources:
-        model, per, server = None, max(1, batch_size//max(1, s["n"])), far.get(s.get("server"))
+        per, length = max(1, batch_size//max(1, s["n"])), max_new_tokens[s["mode"]]
         for i in range(0, len(todo) if s["n"] else 0, per):
-            chunk, how = todo[i:i + per], dict(temperature=temperature, n=s["n"], seed=draw_seed(seed, s["mode"], todo[i]["id"]), max_new_tokens=max_new_tokens[s["mode"]])
+            chunk, how = todo[i:i + per], dict(temperature=temperature, n=s["n"], seed=draw_seed(seed, s["mode"], todo[i]["id"]), max_new_tokens=length)
             path = Path(work)/f"sample-{work_key(Path(s['path']) if i == 0 else s['key'], s['name'], s['mode'], [p['id'] for p in chunk], how)}.jsonl"
             if i == 0: s["key"] = path.stem
+            plan.append((s, chunk, how, path))
+    missing = {s["key"]: s for s, _, _, path in plan if s.get("server") and not path.exists()}
+    servers = {k: server_at(s["server"], Kept(Path(work)/f"served-{k}.jsonl"), "servers", batch_size, max_new_tokens[s["mode"]]) for k, s in missing.items()}      # before work starts
+    for key, chunks in groupby(plan, lambda t: t[0]["key"]):
+        model, server = None, servers.get(key)
+        for s, chunk, how, path in chunks:
             if not path.exists():
                 if model is None: model, tok = (server, AutoTokenizer.from_pretrained(s["path"])) if server else load_model(s["path"])
                 asked, think = [p["prompt"] for p in chunk], s["mode"] == "think"

@@ -151,7 +151,7 @@ def read_reply(raw: dict, opens: bool = False) -> dict:
 
 def served(endpoint: Endpoint, tok, prompts: list[str], think: bool, max_new_tokens: int = 128, temperature: float = 0.0, n: int = 1, seed: int = 0) -> list[list[dict]]:
     "As `generate`, from a server: for every prompt n of {text, ids, finished}. Every raw answer is kept on disk by the endpoint."
-    bodies = [dict(messages=[dict(role="user", content=p)], temperature=temperature, max_tokens=max_new_tokens, seed=draw_seed(seed, p, k), chat_template_kwargs=dict(enable_thinking=think)) for p in prompts for k in range(n)]
+    bodies = [dict(messages=[dict(role="user", content=p)], temperature=temperature, top_p=1.0, top_k=-1, max_tokens=max_new_tokens, seed=draw_seed(seed, p, k), chat_template_kwargs=dict(enable_thinking=think)) for p in prompts for k in range(n)]
     got = endpoint.ask("/chat/completions", bodies, read_reply)
     if lost := [x for x in got if isinstance(x, Unanswered)]: raise UserError(f"{endpoint.url}: {len(lost)} of {len(got)} answers missing, the first: {lost[0]}. What was answered is kept; run again")
     end = tok.convert_tokens_to_ids("<|im_end|>")
