@@ -1,7 +1,8 @@
 "Chapters 03 and 06: rows move as they should, new rows train, recipes equal the paper's tables."
+import subprocess, sys
 from pathlib import Path
 import pytest, torch, yaml
-from tpro_nb.base_model import (INITS, bits_per_byte, check_sizes, fit, get_base, last_checkpoint, load_model, merge_and_save, new_rows, row_plan, run_steps, save_folder, set_attention, spelt,
+from tpro_nb.base_model import (INITS, bits_per_byte, check_sizes, fit, fit_folder, get_base, last_checkpoint, load_model, merge_and_save, new_rows, row_plan, run_steps, save_folder, set_attention, spelt,
                                 text_bits, trainable, transplant, vocab_matrices, windows)
 from tpro_nb.core import TOY_TEXT, UserError, toy, toy_model, toy_tokenizer, write_jsonl
 from tpro_nb.midtraining import check_think, dataset, turn_ids
@@ -35,8 +36,21 @@ def test_pieces_spell_the_token(pair):
     kept, new = row_plan(base, dense)
     names = {i: s for s, i in dense.get_vocab().items()}
     assert all("".join(base.convert_ids_to_tokens(p)) == names[i] for i, p in new.items())
-    ids, parts = spelt(base)
+    ids, parts = spelt(base, torch.Generator().manual_seed(0))
     assert all("".join(base.convert_ids_to_tokens(p)) == base.convert_ids_to_tokens(i) for i, p in zip(ids, parts))
+
+def test_every_initialiser_is_the_same_in_another_process(tmp_path, pair):
+    "transformers gives get_vocab in another order in every process; a sample taken by position would be another one."
+    base, dense = pair
+    base.save_pretrained(tmp_path/"base"); code = ("import sys, torch; from transformers import AutoTokenizer; from tpro_nb.base_model import spelt; "
+        f"print(spelt(AutoTokenizer.from_pretrained({str(tmp_path/'base')!r}), torch.Generator().manual_seed(3), 10))")
+    said = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(3)}
+    assert len(said) == 1 and "[" in said.pop()
+    assert spelt(base, torch.Generator().manual_seed(3), 10) != spelt(base, torch.Generator().manual_seed(4), 10)
+
+def test_another_number_of_processes_is_another_training(tmp_path, monkeypatch):
+    one = fit_folder(tmp_path, dict(batch=1)); monkeypatch.setenv("WORLD_SIZE", "8")
+    assert fit_folder(tmp_path, dict(batch=1)) != one == tmp_path/one.name
 
 def test_sizes_that_disagree_are_a_user_error(tmp_path, pair):
     small = toy_model(tmp_path/"m", vocab_size=300)

@@ -62,6 +62,7 @@ def test_licence_gate_names_the_row():
     (dict(messages=[dict(role="user", content="а"), dict(role="assistant", content=None)]), "role or content"),
     (dict(messages=[dict(role="user", content="а"), dict(role="assistant", content="  ")]), "not an answer"),
     (dict(messages=[dict(role="user", content="а"), dict(role="assistant", content="<think>б")]), "unclosed"),
+    (dict(messages=[dict(role="user", content="а"), dict(role="assistant", content="Ну, <think>б</think> в")]), "does not begin"),
     (dict(messages=[dict(role="user", content="а"), dict(role="assistant", content="Ð¿Ñ€Ð¸Ð²ÐµÑ\u0082 Ð¿Ñ\u0080Ð¸Ð²")]), "encoding"),
     (dict(messages=[dict(role="user", content="а"), dict(role="assistant", content="я" * 50_000_000)]), "million")])
 def test_broken_rows_are_set_aside(bad, reason):
@@ -72,6 +73,8 @@ def test_t_wix_schema():
     turns = [dict(role="user", content="Сколько будет 2 + 2?"), dict(role="assistant", content="<think>\n2 + 2 = 4\n</think>\n\n4")]
     (r,), bad = data.foreign_rows([dict(messages=turns, subset="reasoning")], "t-tech/T-Wix", "ODC-By")
     assert r["mode"] == "think" and r["messages"] == turns and r["licence"] == "ODC-By" and not bad
+    (r,), bad = data.foreign_rows([dict(messages=[turns[0], dict(role="assistant", content="<think>\n\n</think>\n\n4")], subset="general")], "t-tech/T-Wix", "ODC-By")
+    assert r["mode"] == "direct" and not bad              # Qwen3's empty block is no thought
 
 def test_both_modes_for_the_same_families_and_step_counts():
     got = Counter((r["family"], r["mode"], r["tier"]) for r in data.problem_rows([p for f in tmath.FAMILIES for p in tmath.problems(f, 120)]))

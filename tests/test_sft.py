@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tpro_nb.base_model import load_model
 from tpro_nb.core import CHAT_TEMPLATE, SPECIALS, THINK, UserError, toy, toy_rows
-from tpro_nb.midtraining import prompt_ids
+from tpro_nb.midtraining import prompt_ids, turn_ids
 from tpro_nb.sft import TRAINING_TEMPLATE, dataset, generate, leaks, show_mask, train_row, training_text, turns
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +57,17 @@ def test_dialogues_become_one_row_a_turn():
     assert [(len(r["messages"]), r["mode"]) for r in rows] == [(2, "direct"), (4, "think")]
     assert "<think>" not in train_text(rows[1]).split("<|im_start|>assistant")[1]
 
+def test_an_empty_think_block_is_a_direct_answer():
+    "Qwen3 puts one before direct answers; as an earlier turn it must not teach think mode to think nothing."
+    empty, said = "<think>\n\n</think>\n\n4", "<think>\n2 + 3\n</think>\n\n5"
+    talk = [m for q, a in (("2 + 2?", empty), ("2 + 3?", said)) for m in (dict(role="user", content=q), dict(role="assistant", content=a))]
+    rows = turns(dict(messages=talk, mode="think"))
+    assert [r["mode"] for r in rows] == ["direct", "think"]
+    tok = AutoTokenizer.from_pretrained(toy("07_sft/model"))
+    assert tok.decode(train_row(tok, rows[0])["input_ids"]).endswith("4<|im_end|>")
+    for mode, answer, why in (("think", empty, "no whole think block"), ("direct", said, "has a whole think block"), ("direct", "<think>\n2 + 3", "opens a think block"), ("thinking", said, "think or direct")):
+        with pytest.raises(UserError, match=f"row 7: mode is '{mode}'.*{why}"): turn_ids(tok, [talk[0], dict(role="assistant", content=answer)], mode, "row 7")
+
 def train_text(row): return training_text(AutoTokenizer.from_pretrained(toy("07_sft/model")), row["messages"])
 
 def test_cut_rows_are_counted_and_empty_sets_refused():
@@ -84,7 +95,7 @@ def test_generate_batches_like_singles_and_samples_reproducibly():
 
 def test_sampled_tokens_follow_the_softmax():
     from scipy.stats import chisquare
-    from tpro_nb.midtraining import prompt_ids
+    from tpro_nb.midtraining import prompt_ids, turn_ids
     model, tok = load_model(toy("07_sft/model"), torch.float32)
     with torch.no_grad(): p = (model(torch.tensor([prompt_ids(tok, [dict(role="user", content="Где?")], False)])).logits[0, -1]/.3).softmax(-1).double().numpy()
     seen = torch.tensor([a["ids"][0] for a in generate(model, tok, ["Где?"], False, 1, temperature=.3, n=4000, seed=1, batch_size=500)[0]]).bincount(minlength=len(p)).numpy()

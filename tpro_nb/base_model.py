@@ -5,8 +5,8 @@ __all__ = ['SMOLLM2', 'INITS', 'check_sizes', 'device', 'load_model', 'smollm2',
            'init_random', 'init_global', 'init_mean', 'init_wmean', 'spelt', 'init_ridge', 'vocab_matrices',
            'transplant', 'set_specials', 'lora', 'trainable', 'apart', 'set_attention', 'row_parts', 'sharded',
            'new_rows', 'merge_and_save', 'whole', 'save_folder', 'stored_rows', 'trainer_args', 'Watch', 'fp32_sums',
-           'sft_trainer', 'last_checkpoint', 'work_key', 'check_finite', 'fit', 'windows', 'run_steps', 'make_nano',
-           'get_base', 'heldout_and_train', 'race', 'winner', 'gain']
+           'sft_trainer', 'last_checkpoint', 'work_key', 'fit_folder', 'check_finite', 'fit', 'windows', 'run_steps',
+           'make_nano', 'get_base', 'heldout_and_train', 'race', 'winner', 'gain']
 
 # %% ../nbs/03_base_model.ipynb #7aba14db
 import json, os, math, shutil, time, zipfile
@@ -47,7 +47,7 @@ def load_model(path,            # folder or hub id
 SMOLLM2 = "SmolLM2-135M-Instruct, dequantised from the package's Q4_1"
 
 def smollm2() -> Path:
-    "Folder with " + SMOLLM2 + ": config and bf16 safetensors, no tokenizer; made once, in the cache."
+    "Folder with SmolLM2-135M-Instruct (dequantised from the package's Q4_1): config and bf16 safetensors, no tokenizer; made once, in the cache."
     folder = cache_dir()/"smollm2-135m-instruct-q4_1"
     if (folder/"model.safetensors").exists(): return folder
     src = Path(fetch("smollm2"))
@@ -120,14 +120,14 @@ def init_wmean(old, pieces, base, g):
     return _average(old, pieces, lambda i, j: math.exp(-i/2)*(.1 if j in blank else 1.))
 
 # %% ../nbs/03_base_model.ipynb #98e8fbd2
-def spelt(base, limit: int = 20_000, seed: int = 0) -> tuple[list[int], list[list[int]]]:
-    "Old tokens of several characters, and their pieces one level down to single symbols: the teacher's examples."
+def spelt(base, g: torch.Generator, limit: int = 20_000) -> tuple[list[int], list[list[int]]]:
+    "Old tokens of several characters (at most `limit`, drawn by `g`), and their pieces one level down to single symbols: the teacher's examples."
     vocab = base.get_vocab()
     ids, parts = [], []
-    for s, i in vocab.items():
+    for s, i in sorted(vocab.items(), key=lambda x: x[1]):      # get_vocab has another order in every process
         p = [vocab[c] for c in s if c in vocab]
         if 1 < len(s) == len(p) <= 12: ids.append(i); parts.append(p)
-    keep = np.random.default_rng(seed).permutation(len(ids))[:limit]
+    keep = torch.randperm(len(ids), generator=g)[:limit].tolist()
     return [ids[k] for k in keep], [parts[k] for k in keep]
 
 def _features(old, pieces):
@@ -136,7 +136,7 @@ def _features(old, pieces):
     return torch.cat([_average(old, pieces, lambda i, j: 1.0), first, last, torch.ones(len(pieces), 1)*old.std()], 1)
 
 def init_ridge(old, pieces, base, g, penalty: float = 0.1):
-    ids, parts = spelt(base)
+    ids, parts = spelt(base, g)
     if len(ids) < 50: return init_mean(old, pieces, base, g)
     X, Y = _features(old, parts), old[ids]
     A = X.T@X
@@ -333,6 +333,10 @@ def work_key(*parts) -> str:
     "Short hash of a configuration and its input files (paths are hashed by content)."
     import hashlib
     return hashlib.sha256(json.dumps([sha256(p) if isinstance(p, Path) else p for p in parts], default=str).encode()).hexdigest()[:10]
+
+def fit_folder(work, config, *inputs: Path) -> Path:
+    "Where a training with these parameters, input files and number of processes keeps its checkpoints."
+    return Path(work)/f"fit-{work_key(config, int(os.environ.get('WORLD_SIZE', 1)), *inputs)}"
 
 def check_finite(model):
     "A `UserError` if a trained weight is not a number (of a sharded model, in this process's part)."

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Callable, Iterable
 import numpy as np
 from .core import Run, UserError, launch, sha256, write_json, write_jsonl, read_jsonl
-from .tmath import FAMILIES, Broken, after_think, grade, load_rows, problems
+from .tmath import FAMILIES, Broken, after_think, has_trace, grade, load_rows, problems
 
 # %% ../nbs/05_data.ipynb #73b87e5f
 def row(user: str, assistant: str, *, source: str, licence: str, family: str, domain: str, mode: str = "direct", lang: str = "ru", tier: str = "School",
@@ -160,6 +160,7 @@ def row_error(r) -> str | None:
     if len(text) > 1_000_000: return "longer than a million characters"
     if re.search(r"[\ud800-\udfff]", text) or text.count("\ufffd") > 2 or re.search(r"(?:[ÐÑ][\u0080-\u00bf]){4}", text): return "broken encoding"
     if m[-1]["content"].count("<think>") != m[-1]["content"].count("</think>"): return "unclosed think"
+    if "<think>" in m[-1]["content"] and not m[-1]["content"].startswith("<think>"): return "the think block does not begin the answer"
 
 def foreign_rows(raws: list, source: str, licence: str) -> tuple[list[dict], list[dict]]:
     "Rows of a messages/subset set such as T-Wix in our schema, and the rejected ones with a reason."
@@ -169,7 +170,7 @@ def foreign_rows(raws: list, source: str, licence: str) -> tuple[list[dict], lis
         user, text = next(x["content"] for x in r["messages"] if x["role"] == "user"), text_of(r)
         lang = "ru" if len(re.findall(r"[а-яё]", text, re.I))*2 > len(re.findall(r"[a-z]", text, re.I)) else "en"
         new = row(user, r["messages"][-1]["content"], source=source, licence=licence, family="foreign", domain="General Instruct", lang=lang,
-                  mode="think" if r.get("subset") == "reasoning" or "</think>" in text else "direct", tier="Student", tags=["task:foreign", *(f"about:{w[:6]}" for w in re.findall(r"\w{6,}", user.lower())[:5])])
+                  mode="think" if has_trace(r["messages"][-1]["content"]) else "direct", tier="Student", tags=["task:foreign", *(f"about:{w[:6]}" for w in re.findall(r"\w{6,}", user.lower())[:5])])
         out.append(new | dict(messages=r["messages"]))
     return out, bad
 

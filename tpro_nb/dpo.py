@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 import numpy as np
 import torch
-from .base_model import device, fit, fp32_sums, last_checkpoint, load_model, lora, new_rows, set_attention, save_folder, set_specials, sharded, trainer_args, whole, work_key
+from .base_model import device, fit, fit_folder, fp32_sums, last_checkpoint, load_model, lora, new_rows, set_attention, save_folder, set_specials, sharded, trainer_args, whole, work_key
 from .core import UserError, ratio_ci, read_json, read_jsonl, seed_everything, write_json, write_jsonl
 from .midtraining import prompt_ids
 from .reward_model import check_pairs, load_reward_model, sample, score
@@ -115,7 +115,7 @@ def train(model_dir: str, pairs_path: str, out: str, work: str, epochs: float, b
     "DPO on fixed pairs; saves the merged model of the best checkpoint to `out`."
     from transformers import EarlyStoppingCallback
     config = [epochs, batch, accumulate, max_length, lr, warmup, beta, beta2, eps, weight_decay, clip, rank, dev_share, eval_every, patience, seed]
-    work = Path(work)/f"fit-{work_key(config, Path(model_dir), Path(pairs_path))}"
+    work = fit_folder(work, config, Path(model_dir), Path(pairs_path))
     seed_everything(seed); torch.manual_seed(seed)
     pairs = check_pairs(read_jsonl(pairs_path), Path(pairs_path).name)
     random.Random(seed).shuffle(pairs)

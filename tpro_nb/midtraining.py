@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 import tpro_nb
 from transformers import AutoTokenizer, TrainerCallback
-from .base_model import device, fit, last_checkpoint, load_model, merge_and_save, new_rows, sft_trainer, text_bits, trainable, trainer_args, whole, work_key
+from .base_model import device, fit, fit_folder, last_checkpoint, load_model, merge_and_save, new_rows, sft_trainer, text_bits, trainable, trainer_args, whole, work_key
 from .core import CHAT_TEMPLATE, SPECIALS, THINK, UserError, read_jsonl, seed_everything, write_jsonl
+from .tmath import has_trace
 
 # %% ../nbs/06_midtraining.ipynb #24f3e1ce
 def check_think(tok, where: str = "tokenizer"):
@@ -23,10 +24,12 @@ def check_think(tok, where: str = "tokenizer"):
 def turn_ids(tok, messages: list[dict], mode: str, where: str = "row") -> tuple[list[int], list[int]]:
     "Token ids of the prompt as inference builds it, and of the last answer with its end of turn."
     if not messages or messages[-1]["role"] != "assistant": raise UserError(f"{where}: the last message must be the assistant's")
+    if mode not in ("think", "direct"): raise UserError(f"{where}: mode is {mode!r}; think or direct")
     answer = messages[-1]["content"]
     if mode == "direct": answer = answer.removeprefix("<think>\n\n</think>\n\n")
-    thinks = answer.startswith("<think>") and "</think>" in answer
-    if thinks != (mode == "think"): raise UserError(f"{where}: mode is {mode!r}, the answer {'has a' if thinks else 'has no'} whole think block; mend the row's mode or text")
+    thinks = has_trace(answer)
+    if thinks != (mode == "think"): raise UserError(f"{where}: mode is {mode!r}, the answer {'has a' if thinks else 'has no'} whole think block with a trace in it; mend the row's mode or text")
+    if mode == "direct" and answer.startswith("<think>"): raise UserError(f"{where}: mode is 'direct', the answer opens a think block; mend the row's mode or text")
     return prompt_ids(tok, messages[:-1], mode == "think"), tok.encode(answer + "<|im_end|>", add_special_tokens=False)
 
 def prompt_ids(tok, messages: list[dict], think: bool) -> list[int]:
@@ -80,7 +83,7 @@ def train(model_dir: str, rows_path: str, out: str, work: str, steps: int, batch
     from trl import SFTConfig
     seed_everything(seed); torch.manual_seed(seed)
     config = {k: v for k, v in locals().items() if k not in ("out", "work", "model_dir", "rows_path", "SFTConfig", "texts", "look_every")}
-    work = Path(work)/f"fit-{work_key(config, Path(model_dir), Path(rows_path))}"
+    work = fit_folder(work, config, Path(model_dir), Path(rows_path))
     args = trainer_args(SFTConfig, work, steps=steps, batch=batch, accumulate=accumulate, lr=lr, warmup=warmup, schedule="cosine_with_min_lr",
                         schedule_kwargs=dict(min_lr=lr_min), betas=(0.9, beta2), eps=eps, weight_decay=weight_decay, clip=clip, save_every=save_every, seed=seed,
                         report_to=report_to, log_every=1 if steps < 50 else 5, packing=True, packing_strategy="bfd", max_length=context, include_num_input_tokens_seen="all")

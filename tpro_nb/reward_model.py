@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from .base_model import device, fit, fp32_sums, last_checkpoint, load_model, save_folder, set_specials, trainable, trainer_args, whole, work_key
+from .base_model import device, fit, fit_folder, fp32_sums, last_checkpoint, load_model, save_folder, set_specials, trainable, trainer_args, whole, work_key
 from .core import UserError, ratio_ci, read_jsonl, seed_everything, write_jsonl
 from .data import Endpoint, Kept, Unanswered
 from .midtraining import prompt_ids
@@ -191,7 +191,7 @@ def train(model_dir: str, pairs_path: str, out: str, work: str, steps: int, batc
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
     config = [steps, batch, accumulate, max_length, lr, warmup, weight_decay, clip, center, rank, seed]
-    work = Path(work)/f"fit-{work_key(config, Path(model_dir), Path(pairs_path))}"
+    work = fit_folder(work, config, Path(model_dir), Path(pairs_path))
     seed_everything(seed); torch.manual_seed(seed)
     pairs = check_pairs(read_jsonl(pairs_path), Path(pairs_path).name)
     args = trainer_args(RewardConfig, work, steps=steps, batch=batch, accumulate=accumulate, lr=lr, warmup=warmup, weight_decay=weight_decay, clip=clip, save_every=save_every,

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor
-from .base_model import device, fit, last_checkpoint, load_model, merge_and_save, new_rows, row_parts, sft_trainer, trainable, trainer_args, whole, work_key
+from .base_model import device, fit, fit_folder, last_checkpoint, load_model, merge_and_save, new_rows, row_parts, sft_trainer, trainable, trainer_args, whole
 from .core import CHAT_TEMPLATE, UserError, read_jsonl, seed_everything
 from .data import Endpoint, Unanswered
 from .midtraining import check_think, prompt_ids, turn_ids
+from .tmath import has_trace
 
 # %% ../nbs/07_sft.ipynb #682a4caf
 TRAINING_TEMPLATE = """{%- for m in messages -%}
@@ -46,7 +47,7 @@ def turns(row: dict) -> list[dict]:
     "A dialogue as one row for each assistant turn; earlier turns become context, as inference will show them."
     ends = [i + 1 for i, m in enumerate(row["messages"]) if m["role"] == "assistant"]
     if len(ends) < 2: return [row]
-    mode = lambda text: "think" if text.startswith("<think>") else "direct"
+    mode = lambda text: "think" if has_trace(text) else "direct"
     return [row | dict(messages=row["messages"][:e], mode=row["mode"] if e == len(row["messages"]) else mode(row["messages"][e - 1]["content"])) for e in ends]
 
 # %% ../nbs/07_sft.ipynb #92de09f1
@@ -81,7 +82,7 @@ def train(model_dir: str, rows_path: str, out: str, work: str, epochs: float, st
     from trl import SFTConfig
     seed_everything(seed); torch.manual_seed(seed)
     config = {k: v for k, v in locals().items() if k not in ("out", "work", "model_dir", "rows_path", "SFTConfig")}
-    work = Path(work)/f"fit-{work_key(config, Path(model_dir), Path(rows_path))}"
+    work = fit_folder(work, config, Path(model_dir), Path(rows_path))
     args = trainer_args(SFTConfig, work, steps=steps or -1, epochs=epochs, batch=batch, accumulate=accumulate, lr=lr, warmup=warmup, betas=(0.9, beta2), eps=eps,
                         weight_decay=weight_decay, clip=clip, save_every=save_every, seed=seed, report_to=report_to, log_every=1 if 0 < steps < 50 else 5,
                         packing=packing, packing_strategy="bfd", padding_free=row_parts() == 1, pad_to_multiple_of=64, max_length=context if packing else None)   # rows are cut already

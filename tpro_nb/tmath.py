@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'FAMILIES', 'CHANCE', 'WORDINGS', 'TMATH_FIELDS', 'MARK', 'cups', 'chain', 'sums', 'split_of', 'problems',
-           'Broken', 'read_lines', 'schema_error', 'load_rows', 'protected_texts', 'load_tmath', 'after_think', 'boxes',
-           'final_answer', 'clean', 'number', 'quantity', 'value', 'expression', 'parse', 'Worker', 'compare', 'grade',
-           'grade_many', 'grader_cases', 'unfit', 'once', 'pass_at', 'by_difficulty', 'write_review', 'read_review']
+           'Broken', 'read_lines', 'schema_error', 'load_rows', 'protected_texts', 'load_tmath', 'after_think',
+           'has_trace', 'boxes', 'final_answer', 'clean', 'number', 'quantity', 'value', 'expression', 'parse',
+           'Worker', 'compare', 'grade', 'grade_many', 'grader_cases', 'unfit', 'once', 'pass_at', 'by_difficulty',
+           'write_review', 'read_review']
 
 # %% ../nbs/04_tmath.ipynb #78704d5f
 import csv, hashlib, io, json, math, os, random, re, select, subprocess, sys, threading
@@ -173,6 +174,11 @@ def after_think(response: str) -> str | None:
     "What follows the last closed think block; None while one is open."
     if response.rfind("<think>") > response.rfind("</think>"): return None
     return response.rsplit("</think>", 1)[-1]
+
+def has_trace(answer: str) -> bool:
+    "Whether an answer begins with a think block that is closed and not empty."
+    trace, closed, _ = answer.partition("</think>")
+    return bool(closed) and trace.startswith("<think>") and bool(trace.removeprefix("<think>").strip())
 
 def boxes(text: str) -> list[tuple[int, str]] | None:
     "Contents of the outermost \\boxed{...} with their places; None if a brace is left open."
