@@ -275,6 +275,15 @@ def test_parallel_texts_go_to_midtraining_alone_and_move_nothing_else():
     a, b = share(pool), share(pool + made)
     assert all(a[k] == b[k] for k in a if k != "midtrain") and {r["id"] for r in b["midtrain"]} - {r["id"] for r in a["midtrain"]} == {r["id"] for r in made}
 
+def test_the_share_of_open_prompts_and_what_a_prompt_is():
+    pool = data.problem_rows([p for f in tmath.FAMILIES for p in tmath.problems(f, 60)]) + data.english_rows(data.stdlib_docs()[:80])
+    told = [r | dict(messages=[dict(role="system", content="Отвечай кратко."), *r["messages"]]) for r in pool]
+    deal = lambda share: data.deal(told, list(tmath.FAMILIES), sft_per_family=12, sft_general=4, midtrain_chars=0, midtrain_problems_share=.4, english_pct=10, prompts=dict(rm_train=20, dpo=10, eagle=8), open_share=share)
+    got = deal(.9)["prompts"]
+    assert Counter((p["split"], p["answer"] is None) for p in got) == {("rm_train", True): 18, ("rm_train", False): 2, ("dpo", True): 9, ("dpo", False): 1, ("eagle", True): 4, ("eagle", False): 4}
+    assert not any("Отвечай" in p["prompt"] for p in got)                 # the question, not the system's line
+    with pytest.raises(UserError, match="open_share 1.5"): deal(1.5)
+
 @pytest.mark.parametrize("pct", [0, 10, 30])
 def test_midtraining_has_the_share_of_english_and_of_problems_it_is_asked_for(pct):
     pool = data.problem_rows([p for f in tmath.FAMILIES for p in tmath.problems(f, 60)])

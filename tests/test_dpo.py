@@ -24,6 +24,9 @@ def test_best_worst():
     assert (p["id"], p["chosen"], p["rejected"], p["chosen_ids"], p["rejected_ids"], p["margin"]) == (0, "b", "c", [1], [2], 5.)
     assert D.best_worst(rows, min_margin=5.) == []
 
+def test_shares_outside_zero_and_one_are_refused():
+    with pytest.raises(core.UserError, match="cross_to_think: a share"): D.assign_modes([dict(id=0, answer=None)], .5, 4.4)
+
 def test_paper_table_15():
     y = yaml.safe_load((ROOT/"params"/"h100x32"/"09_dpo.yaml").read_text(encoding="utf-8"))
     assert (y["beta"], y["lr"], y["weight_decay"], y["warmup"], y["clip"], y["beta2"], y["eps"]) == (.5, 1e-7, .01, .05, 2., .95, 1e-12)

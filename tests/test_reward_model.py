@@ -5,6 +5,7 @@ import numpy as np
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 from tpro_nb import core, data, reward_model as R
 
 @pytest.mark.parametrize("n", [2, 4, 8, 16, 32])
@@ -100,6 +101,16 @@ def test_a_server_answers_for_a_model_and_nothing_is_asked_twice(answer_server, 
     other = tmp_path/"other"; shutil.copytree(path, other); tensors = load_file(other/"model.safetensors"); save_file({k: v + 1 for k, v in tensors.items()}, other/"model.safetensors", {"format": "pt"})
     before = len(H.seen); path = str(other)
     ask("e.jsonl"); assert len(H.seen) == before + 26                                                       # other weights under the server's old name: nothing of the old answers is taken
+
+def test_prompts_that_leave_no_room_are_counted_and_left_out(tmp_path):
+    "A server would refuse them one by one (HTTP 400), and the stage would never end."
+    path = str(core.toy("07_sft/model"))
+    room = AutoConfig.from_pretrained(path).max_position_embeddings
+    long = dict(id="long", prompt="слово "*room, answer="1"); short = dict(id="short", prompt="2 + 2?", answer="4")
+    how = dict(temperature=1.0, max_new_tokens=dict(think=8, direct=8), batch_size=4, seed=1)
+    ask = lambda prompts: R.sample([dict(name="07_sft", path=path, mode="direct", n=2)], prompts, str(tmp_path/"a.jsonl"), str(tmp_path), **how)
+    assert ask([long, short])["without_room"] == 1 and {r["id"] for r in core.read_jsonl(tmp_path/"a.jsonl")} == {"short"}
+    with pytest.raises(core.UserError, match=f"8 new tokens in a model of {room} positions"): ask([long])
 
 def test_a_long_answer_is_waited_for(answer_server, tmp_path):
     "A server that thinks for longer than the endpoint of chapter 05 waits: the wait grows with the tokens asked for."
@@ -213,7 +224,6 @@ def test_a_classifier_with_two_outputs_is_refused(tmp_path):
     config = core.read_json(tmp_path/"m"/"config.json")
     config.pop("id2label", None); config.pop("label2id", None)
     core.write_json(tmp_path/"m"/"config.json", config | dict(num_labels=2, id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1}))
-    from safetensors.torch import load_file, save_file
     w = load_file(tmp_path/"m"/"model.safetensors"); w["score.weight"] = torch.zeros(2, 32); save_file(w, tmp_path/"m"/"model.safetensors", metadata=dict(format="pt"))
     with pytest.raises(core.UserError, match="2 outputs"): R.load_reward_model(tmp_path/"m")
 

@@ -1000,10 +1000,11 @@ def take(pool: list[dict], n: int, why: str) -> list[dict]:
     return out
 
 def prompts_from(rows: list[dict], split: str) -> list[dict]:
-    return [dict(id=r["id"], prompt=r["messages"][0]["content"], answer=r["answer"], family=r["family"], domain=r["domain"], lang=r["lang"], split=split) for r in rows]
+    return [dict(id=r["id"], prompt=next(m["content"] for m in r["messages"] if m["role"] == "user"), answer=r["answer"], family=r["family"], domain=r["domain"], lang=r["lang"], split=split) for r in rows]
 
-def deal(rows: list[dict], families: list[str], *, sft_per_family: int, sft_general: int, midtrain_chars: int, midtrain_problems_share: float, english_pct: float, prompts: dict[str, int], dpo_open_share: float = .1) -> dict[str, list[dict]]:
-    "Disjoint shares: sft_train, sft_dev, prompts, midtrain."
+def deal(rows: list[dict], families: list[str], *, sft_per_family: int, sft_general: int, midtrain_chars: int, midtrain_problems_share: float, english_pct: float, prompts: dict[str, int], open_share: float = .1) -> dict[str, list[dict]]:
+    "Disjoint shares: sft_train, sft_dev, prompts, midtrain. Of the prompts for the reward model and DPO `open_share` have no answer to check."
+    if not 0 <= open_share <= 1: raise UserError(f"open_share {open_share}: a share is between 0 and 1")
     pools = {f: [r for r in rows if r["family"] == f] for f in families}
     general, pairs = ([r for r in rows if r["answer"] is None and (r["lang"] == "ru-en") == side] for side in (False, True))
     half = lambda f, n, why: [r for m in ("think", "direct") for r in _pick(pools[f], m, n//2, why)]
@@ -1011,8 +1012,8 @@ def deal(rows: list[dict], families: list[str], *, sft_per_family: int, sft_gene
     out["sft_dev"] = [r for f in families for r in half(f, max(4, sft_per_family//10), "sft_dev")] + take(general, max(4, sft_general//10), "sft_dev")
     out["prompts"] = []
     for split, n in prompts.items():
-        open_share = int(n*dict(eagle=.5, dpo=dpo_open_share).get(split, .1) + 1e-9)       # the draft needs the language, the reward needs answers that can be checked
-        got = [r for i, f in enumerate(families) for r in take(pools[f], (n - open_share)//len(families) + (i < (n - open_share) % len(families)), split)] + take(general, open_share, split)
+        n_open = int(n*(.5 if split == "eagle" else open_share) + 1e-9)       # the draft needs the language, the reward needs answers that can be checked
+        got = [r for i, f in enumerate(families) for r in take(pools[f], (n - n_open)//len(families) + (i < (n - n_open) % len(families)), split)] + take(general, n_open, split)
         out["prompts"] += prompts_from(got, split)
     out["midtrain"] = _midtrain(general, [r for f in families for r in pools[f]], midtrain_chars, midtrain_problems_share, english_pct) + pairs      # parallel texts come on top
     for k in out: out[k].sort(key=lambda r: r["id"][-12:])

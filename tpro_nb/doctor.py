@@ -281,11 +281,11 @@ def dealing(p: dict) -> list[str]:
     "Problems: 05's parameters that the stage itself would complain of when it deals its own problems, had it all the other rows it wants."
     if not p: return []
     prompts = {s: p[f"prompts_{s}"] for s in ("rm_train", "rm_test", "dpo", "eagle")}
-    other = dict(id="any", family="any", mode="direct", answer=None, lang="ru", domain="any", tier="any", messages=[dict(content="")])
+    other = dict(id="any", family="any", mode="direct", answer=None, lang="ru", domain="any", tier="any", messages=[dict(role="user", content="")])
     try:
         own = problem_rows([x for f in p["families"] for x in draw_problems(f, p["problems_per_family"], p["seed"])])
         deal(own + [other]*(2*p["sft_general"] + sum(prompts.values()) + 8), p["families"], sft_per_family=p["sft_per_family"], sft_general=p["sft_general"], midtrain_chars=0,
-             midtrain_problems_share=0., english_pct=0., prompts=prompts, dpo_open_share=p["dpo_open_share"])
+             midtrain_problems_share=0., english_pct=0., prompts=prompts, open_share=p["open_share"])
     except UserError as e: return [f"05_data: {e}"]
     return []
 
@@ -350,7 +350,7 @@ def host_memory(n: int, ts: list[dict]) -> float:
 T_MATH = 331, 16_000        # its problems (paper App. H), and the tokens of Qwen3-32B's median answer, as params/tpro says
 
 def answers_asked(params: dict, stage: str) -> tuple[int, int]:
-    "Long answers that the models loaded by a stage itself write, and tokens of each: 2,140 in 08 and 09, the paper's mean; in 10 those to T-Math."
+    "Long answers that the models loaded by a stage itself write, and tokens of each: 2,140 in 08 and 09, the mean of T-Wix's rows by a third party's count; in 10 those to T-Math."
     p, data, here = params[stage], params.get("05_data", {}), writers(params, stage)
     if stage == "10_evaluation":
         public = p["benchmark"] or params.get("04_tmath", {}).get("benchmark")
@@ -370,7 +370,7 @@ def slow_writers(params: dict, writes: list[dict], gpu: bool) -> list[str]:
 
 def cautions(ts: list[dict], acc: dict | None, host: float, gpu: bool, text: float = 0) -> list[str]:
     "What does not refuse a profile and should be known. `text`: tokens that 05 orders for midtraining."
-    out = [f"06_midtraining reads {t['tokens']/1e9:,.2f} billion tokens and 05_data orders some {text/1e9:,.2f} (midtrain_chars, four characters a token): every text is read {t['tokens']/text:.0f} times. Repetition costs little up to four [Muennighoff et al. 2023]; order more text if there is more, or lower steps."
+    out = [f"06_midtraining reads {t['tokens']/1e9:,.2f} billion tokens and 05_data orders some {text/1e9:,.2f} (midtrain_chars, four characters a token): every text is read {t['tokens']/text:.0f} times, and more often where fewer are left than ordered. Repetition costs little up to four [Muennighoff et al. 2023]; order more text if there is more, or lower steps."
            for t in ts if t["stage"] == "06_midtraining" and text and t["tokens"] > 4*text]
     if acc and any(t["nproc"] > 1 for t in ts):
         bare = [t["stage"] for t in ts if t["nproc"] > 1 and not t["accelerate"]]

@@ -50,7 +50,7 @@ def dataset(tok, rows: list[dict], context: int):
     return Dataset.from_dict(dict(input_ids=fit_in, labels=fit_in)), 1 - len(fit_in)/len(ids), mix
 
 def paper_mix(kind: str) -> dict[str, float]:
-    "Percent of the paper's midtraining tokens by `category` or by `language`, paper Table 11."
+    "Percent of the paper's midtraining tokens by `category` (paper Table 11) or by `language` (paper, section 3.2)."
     with open(Path(tpro_nb.__file__).parent/"tables"/"paper_table11.csv", encoding="utf-8", newline="") as f:
         return {r["name"]: float(r["share_pct"]) for r in csv.DictReader(f) if r["kind"] == kind}
 

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['JUDGE_PROMPT', 'bt_loss', 'knockout', 'both_orders', 'verifier_judge', 'server_at', 'llm_judge', 'sample',
-           'make_pairs', 'check_pairs', 'reward_ids', 'load_reward_model', 'score', 'train', 'reward_rows',
+           'with_room', 'make_pairs', 'check_pairs', 'reward_ids', 'load_reward_model', 'score', 'train', 'reward_rows',
            'calibration', 'best_of', 'bon_curve', 'pair_accuracy']
 
 # %% ../nbs/08_reward_model.ipynb #551ec710
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from .base_model import device, fit, fit_folder, fp32_sums, last_checkpoint, load_model, save_folder, set_specials, trainable, trainer_args, whole, work_key
 from .core import UserError, ratio_ci, read_jsonl, seed_everything, write_jsonl
 from .data import Endpoint, Kept, Unanswered
@@ -79,8 +79,8 @@ JUDGE_PROMPT = """You compare two answers of an assistant to one question. Judge
 Explain in two sentences, then write the verdict on its own line: [[A]] if A is better, [[B]] if B is better, [[C]] if they are equal."""
 
 def server_at(name: str, kept: Kept, parameter: str, workers: int = 8, max_new_tokens: int = 0) -> Endpoint:
-    "The endpoint `name`, \"URL model\", once it has answered a question; it waits 600 s and one more a new token, for an answer comes in one piece, and keeps it in `kept`. `parameter` is what to mend if there is none."
-    said = Endpoint(name, kept, retries=0).post("/chat/completions", dict(model=name.split()[-1], max_tokens=1, messages=[dict(role="user", content=JUDGE_PROMPT.format(prompt="2 + 2?", a="4", b="5"))]), lambda a: a["choices"][0])
+    "The endpoint `name` (\"URL model\"), once it has answered one short question. Later it waits 600 s and one more a new token, since an answer comes in one piece, and keeps answers in `kept`. `parameter` is named in the error."
+    said = Endpoint(name, kept, timeout_s=600.0, retries=0).post("/chat/completions", dict(model=name.split()[-1], max_tokens=1, messages=[dict(role="user", content=JUDGE_PROMPT.format(prompt="2 + 2?", a="4", b="5"))]), lambda a: a["choices"][0])
     if isinstance(said, Unanswered): raise UserError(f"{parameter} {name}: no answer ({said}). Start that server, mend {parameter}, or leave it empty.")
     return Endpoint(name, kept, per_s=1000.0, timeout_s=600.0 + max_new_tokens, workers=workers)
 
@@ -99,12 +99,13 @@ def sample(sources: list[dict],   # {name, path, mode: think/direct, n}, and ser
            prompts: list[dict],   # {id, prompt, answer, ...}
            out: str,              # completions.jsonl
            work: str, temperature: float, max_new_tokens: dict[str, int], batch_size: int = 64, seed: int = 0) -> dict:
-    "`n` answers of every source to every prompt, graded; rows are grouped by prompt in the order of `sources`."
+    "`n` answers of every source to every prompt that leaves room for one, graded; rows are grouped by prompt in the order of `sources`."
     from tpro_nb.sft import draw_seed, generate, served
-    begin, parts, made, plan = time.perf_counter(), defaultdict(list), 0, []
+    begin, parts, made, plan, given = time.perf_counter(), defaultdict(list), 0, [], len(prompts)
+    prompts = with_room(sources, prompts, max_new_tokens)
     todo = sorted(prompts, key=lambda p: (len(p["prompt"]), p["id"]))
     for s in sources:
-        per, length = max(1, batch_size//max(1, s["n"])), max_new_tokens[s["mode"]]
+        per, length = max(1, (16 if s.get("server") else 1)*batch_size//max(1, s["n"])), max_new_tokens[s["mode"]]      # a chunk waits for its longest answer: a server gets larger ones
         for i in range(0, len(todo) if s["n"] else 0, per):
             chunk, how = todo[i:i + per], dict(temperature=temperature, n=s["n"], seed=draw_seed(seed, s["mode"], todo[i]["id"]), max_new_tokens=length)
             path = Path(work)/f"sample-{work_key(Path(s['path']) if i == 0 else s['key'], s['name'], s['mode'], [p['id'] for p in chunk], how)}.jsonl"
@@ -127,7 +128,15 @@ def sample(sources: list[dict],   # {name, path, mode: think/direct, n}, and ser
     known = [r for r in rows if r.get("answer") is not None]
     for r, v in zip(known, grade_many([(r["text"], str(r["answer"]), r["finished"]) for r in known]) if known else []): r["verdict"] = v
     write_jsonl(out, [r | dict(verdict=r.get("verdict")) for r in rows])
-    return dict(answers=len(rows), made=made, seconds=time.perf_counter() - begin)
+    return dict(answers=len(rows), made=made, without_room=given - len(prompts), seconds=time.perf_counter() - begin)
+
+def with_room(sources: list[dict], prompts: list[dict], max_new_tokens: dict[str, int]) -> list[dict]:
+    "The prompts that leave every source's model room for its longest answer, think block included."
+    for path, mode in {(s["path"], s["mode"]) for s in sources if s["n"]}:
+        tok, room = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path).max_position_embeddings - max_new_tokens[mode]
+        prompts = [p for p in prompts if len(prompt_ids(tok, [dict(role="user", content=p["prompt"])], mode == "think")) <= room]
+    if not prompts: raise UserError(f"no prompt leaves room for {max(max_new_tokens.values())} new tokens in a model of {room + max_new_tokens[mode]} positions: lower max_new_tokens_think or max_new_tokens_direct")
+    return prompts
 
 # %% ../nbs/08_reward_model.ipynb #8783ba0e
 def make_pairs(rows: list[dict],          # completions, grouped by prompt
@@ -146,9 +155,9 @@ def make_pairs(rows: list[dict],          # completions, grouped by prompt
                        lang=seats[w].get("lang")) for w, l in found if seats[w]["text"].strip() != seats[l]["text"].strip()]
     return pairs, brackets
 
-def check_pairs(pairs: list[dict], where: str) -> list[dict]:
-    "The pairs, unless there are none or one has two equal sides."
-    if not pairs: raise UserError(f"{where}: no pairs. Every match was a tie: raise temperature, the prompts or the participants, or set tie_rule: shorter.")
+def check_pairs(pairs: list[dict], where: str, why: str = "Every match was a tie: raise temperature, the prompts or the participants, or set tie_rule: shorter.") -> list[dict]:
+    "The pairs, unless there are none (`why`) or one has two equal sides."
+    if not pairs: raise UserError(f"{where}: no pairs. {why}")
     same = [i for i, p in enumerate(pairs) if p["chosen"].strip() == p["rejected"].strip()]
     if same: raise UserError(f"{where}: pair {same[0]} ({pairs[same[0]].get('id')}) has equal sides; {len(same)} of {len(pairs)} do. A pair must prefer one text to another: drop them.")
     return pairs

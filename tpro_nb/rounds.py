@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from .base_model import load_model, lora, set_attention, sft_trainer, trainer_args, work_key
 from .core import UserError, ratio_ci, read_json, read_jsonl, seed_everything, write_json, write_jsonl
-from .dpo import best_worst, dataset, dpo_args, dpo_trainer, draw, paired_gain, train
+from .dpo import ALL_ALIKE, best_worst, dataset, dpo_args, dpo_trainer, draw, paired_gain, train
 from . import midtraining, sft
 from .midtraining import prompt_ids
 from .reward_model import check_pairs
@@ -25,7 +25,7 @@ def one_round(policy: str, reward: str, prompts: list[dict], home: str, drawing:
     home.mkdir(parents=True, exist_ok=True)
     groups = [([dict(name="policy", path=policy, mode=m, n=drawing["n"])], [p for p in prompts if p["mode"] == m]) for m in ("think", "direct")]
     draw(groups, reward, str(home/"answers.jsonl"), str(home/"work"), seed=seed, **{k: v for k, v in drawing.items() if k != "n"})
-    pairs = check_pairs(best_worst(read_jsonl(home/"answers.jsonl")), "best against worst")
+    pairs = check_pairs(best_worst(read_jsonl(home/"answers.jsonl")), "best against worst", ALL_ALIKE)
     write_jsonl(home/"pairs.jsonl", pairs)
     got = train(policy, str(home/"pairs.jsonl"), str(home/"model"), str(home/"work"), seed=seed, dev_share=0.0, eval_every=50, patience=0, **fitting)
     ok = lambda v: v == "correct"

@@ -154,7 +154,7 @@ def served(endpoint: Endpoint, tok, prompts: list[str], think: bool, max_new_tok
     "As `generate`, from a server: for every prompt n of {text, ids, finished}. Every raw answer is kept on disk by the endpoint."
     bodies = [dict(messages=[dict(role="user", content=p)], temperature=temperature, top_p=1.0, top_k=-1, max_tokens=max_new_tokens, seed=draw_seed(seed, p, k), chat_template_kwargs=dict(enable_thinking=think)) for p in prompts for k in range(n)]
     got = endpoint.ask("/chat/completions", bodies, read_reply)
-    if lost := [x for x in got if isinstance(x, Unanswered)]: raise UserError(f"{endpoint.url}: {len(lost)} of {len(got)} answers missing, the first: {lost[0]}. What was answered is kept; run again")
+    if lost := [x for x in got if isinstance(x, Unanswered)]: raise UserError(f"{endpoint.url}: {len(lost)} of {len(got)} answers missing, the first: {lost[0]}. What was answered is kept; run again" + (", though a question that the server refuses as it is (HTTP 400) will be refused again" if "HTTP 4" in str(lost[0]) else ""))
     end = tok.convert_tokens_to_ids("<|im_end|>")
     rows = [dict(text=a["response"], ids=tok.encode(a["response"], add_special_tokens=False) + [end]*a["finished"], finished=a["finished"]) for a in got]
     return [rows[i:i + n] for i in range(0, len(rows), n)]
