@@ -1,10 +1,12 @@
-# make run  = environment + the cpu profile + its report        make test = environment + every test
+# make run  = environment + the cpu profile + its report
+# make test = environment + lint + every test        make lint = layout, rules and types alone        make fix = write the layout
+# make book = the reading edition of a run (RUN=outputs/reference/cpu) in outputs/book/site
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 PROFILE ?= cpu
 
-.PHONY: run test test-eval test-sglang env env-eval env-sglang sglang-venv clean
+.PHONY: run lint fix book test test-eval test-sglang env env-eval env-sglang sglang-venv clean
 run: env
 	$(BIN)/tpro-nb run $(PROFILE)
 
@@ -16,8 +18,29 @@ $(VENV)/.done: settings.ini setup.py pyproject.toml constraints-cpu.txt
 	$(BIN)/python -m pip install -q -c constraints-cpu.txt -e '.[dev]'
 	touch $@
 
+# Layout and rules of notebooks, tests and C; types of the library that nbdev exports (its own layout is nbdev's).
+KERNELS = $(wildcard tpro_nb/kernels/*.[ch])
+lint: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(if $(KERNELS),$(BIN)/clang-format --dry-run -Werror $(KERNELS))
+
+fix: env
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(if $(KERNELS),$(BIN)/clang-format -i $(KERNELS))
+
+# Chapters without a stage are executed on toys where they changed, and kept in outputs/reference/chapters.
+RUN ?= outputs/reference/cpu
+$(VENV)/.book: $(VENV)/.done
+	$(BIN)/python -m pip install -q -c constraints-cpu.txt -e '.[book]'
+	touch $@
+book: $(VENV)/.book
+	$(BIN)/python nbs/_book/build.py --run $(RUN)
+
 # nbdev-test runs every chapter on toys; pytest does the rest, the whole smoke profile through the real runner among it.
-test: env
+test: env lint
 	TPRO_NB_RUN=none OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing
 	TPRO_NB_RUN=none $(BIN)/python -m pytest tests --durations=15 -rs
 

@@ -1,192 +1,525 @@
-"The ablation: a design that separates what it says, a cache that shares what is the same, effects that are found only where they are."
-from types import SimpleNamespace
-import numpy as np
-import pytest, yaml
-from tpro_nb import ablate as A, pipeline as P
-from tpro_nb.core import UserError, environment, read_json, read_jsonl, write_json, write_jsonl
-from conftest import ROOT, PARAMS, write_notebook
+"""The ablation: a design that separates what it says, a cache that shares what is the same,
+effects that are found only where they are."""
 
-ON = dict.fromkeys(A.FACTORS, 1)
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import PARAMS, ROOT, write_notebook
+
+from tpro_nb import ablate as ablate_module
+from tpro_nb import ablation_cells as cells
+from tpro_nb import pipeline, stages
+from tpro_nb.ablate import (
+    ENGLISH,
+    AblationSettings,
+    ablate,
+    ablate_command,
+    ablation_report,
+    effects,
+    forest_plot,
+    sweep_effects,
+)
+from tpro_nb.ablation_cells import (
+    STILL,
+    AblationCell,
+    CellPlan,
+    Recipe,
+    factorial_cells,
+)
+from tpro_nb.core import (
+    UserError,
+    environment,
+    mean_ci,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
+
+ALL_ON = AblationCell()
+RANDOM_REWARD = AblationCell(reward=-1)
+SEEDS = range(3)
+
+
+def silent(line):
+    "Says nothing."
+
 
 def test_design_is_balanced_and_orthogonal():
-    d = np.array([[c[f] for f in A.FACTORS] for c in A.cells()])
-    assert (d.T @ d == 8*np.eye(4)).all() and not d.sum(0).any() and len({A.name_of(c) for c in A.cells()}) == 8
-    pairs = np.array([d[:, i]*d[:, j] for i in range(4) for j in range(i)])
-    assert not (pairs @ d).any()                                   # no main effect is mixed with an interaction of two
+    design = np.array([list(cell.as_row().values()) for cell in factorial_cells()])
+    assert (design.T @ design == 8 * np.eye(4)).all()
+    assert not design.sum(0).any()
+    assert len({cell.name for cell in factorial_cells()}) == 8
+    # no main effect is mixed with an interaction of two
+    interactions = []
+    for first in range(4):
+        for second in range(first):
+            interactions.append(design[:, first] * design[:, second])
+    assert not (np.array(interactions) @ design).any()
+
+
+def smoke_recipe(**changes):
+    base = stages.load_params(ROOT, "smoke")
+    return Recipe(ROOT, base, stages.code_keys(ROOT, base), changes)
+
 
 def test_switches_change_the_parameters_they_name():
-    base = P.load_params(ROOT, "smoke")
-    off = dict.fromkeys(A.FACTORS, -1)
-    p = A.cell_params(ROOT, base, off, 3, "outputs/x", more_steps=1.5, changes={"07_sft": dict(steps=5)})
-    assert p["02_tokenizer_surgery"]["base_swap"] == 1 and p["06_midtraining"]["lr"] == p["09_dpo"]["lr"] == A.STILL and p["10_evaluation"]["chain"] == ["09_dpo"]
-    assert p["06_midtraining"]["steps"] == round(1.5*base["06_midtraining"]["steps"]) and p["07_sft"]["steps"] == 5 and {v["seed"] for v in p.values()} == {3}
-    same = A.cell_params(ROOT, base, ON, 0, "outputs/x")
-    assert same["06_midtraining"]["steps"] == base["06_midtraining"]["steps"] and same["09_dpo"]["lr"] == base["09_dpo"]["lr"] and base["07_sft"]["run_dir"] == "outputs/smoke"
-    with pytest.raises(UserError, match="unknown parameter"): A.cell_params(ROOT, base, ON, 0, "x", changes={"07_sft": dict(stepz=5)})
-    with pytest.raises(UserError, match="no stage"): A.cell_params(ROOT, base, ON, 0, "x", changes={"77_sft": dict(steps=5)})
+    recipe = smoke_recipe(**{"07_sft": dict(steps=5)})
+    base = recipe.params
+    all_off = AblationCell(-1, -1, -1, -1)
+    params = cells.cell_params(recipe, all_off, 3, "outputs/x", more_steps=1.5)
+    assert params["02c_tokenizer_surgery"]["base_swap"] == 1
+    assert params["06_midtraining"]["lr"] == params["09_dpo"]["lr"] == STILL
+    assert params["10_evaluation"]["chain"] == ["09_dpo"]
+    assert params["06_midtraining"]["steps"] == round(1.5 * base["06_midtraining"]["steps"])
+    assert params["07_sft"]["steps"] == 5
+    assert {values["seed"] for values in params.values()} == {3}
+
+    same = cells.cell_params(dataclasses.replace(recipe, changes={}), ALL_ON, 0, "outputs/x")
+    assert same["06_midtraining"]["steps"] == base["06_midtraining"]["steps"]
+    assert same["09_dpo"]["lr"] == base["09_dpo"]["lr"]
+    assert base["07_sft"]["run_dir"] == "outputs/smoke"
+
+    recipe.changes = {"07_sft": dict(stepz=5)}
+    with pytest.raises(UserError, match="unknown parameter"):
+        cells.cell_params(recipe, ALL_ON, 0, "x")
+    recipe.changes = {"77_sft": dict(steps=5)}
+    with pytest.raises(UserError, match="no stage"):
+        cells.cell_params(recipe, ALL_ON, 0, "x")
+
 
 def test_what_the_cache_saves():
-    base = P.load_params(ROOT, "smoke"); code = P.code_keys(ROOT, base)
-    assert A.keys_of(code, base) == code                           # the short way gives the runner's own keys
-    plans = [(A.cell_params(ROOT, base, c, 0, f"outputs/{A.name_of(c)}"), c) for c in A.cells()]
-    got = A.shared(code, plans, ["10_evaluation"])
-    assert got["04_tmath"] == (8, 1) and got["03_base_model"] == (8, 2) and got["07_sft"] == got["08_reward_model"] == (8, 4) and got["09_dpo"] == (8, 8)
-    assert "14_eagle_speedup" not in got and "01_tokenizer_analysis" not in got
+    recipe = smoke_recipe()
+    # the short way gives the runner's own keys
+    assert cells.cell_keys(recipe.code, recipe.params) == recipe.code
+    plans = []
+    for cell in factorial_cells():
+        params = cells.cell_params(recipe, cell, 0, f"outputs/{cell.name}")
+        plans.append(CellPlan(cell, params))
+    saved = cells.runs_by_stage(recipe.code, plans, ["10_evaluation"])
+    assert saved["04b_tmath"] == (8, 1)
+    assert saved["03b_base_model"] == (8, 2)
+    assert saved["07_sft"] == saved["08_reward_model"] == (8, 4)
+    assert saved["09_dpo"] == (8, 8)
+    assert "14c_eagle_speedup" not in saved
+    assert "01_tokenizer_analysis" not in saved
+
+
+TOY_STAGES = {
+    "07_sft": "",
+    "08_reward_model": "run.input('07_sft/model')",
+    "09_dpo": "run.input('08_reward_model/model')",
+}
+
+
+class ToyChain:
+    "Three stages under the names that matter; a fake runner that writes what they would."
+
+    def __init__(self, root):
+        self.root = root
+        self.ran = []  # cell/stage, in the order of running
+        (root / "settings.ini").touch()
+        (root / "tpro_nb" / "tables").mkdir(parents=True)
+        profile = root / "params" / "toy"
+        profile.mkdir(parents=True)
+        for stage, reads in TOY_STAGES.items():
+            notebook = root / "nbs" / f"{stage}.ipynb"
+            write_notebook(notebook, ["from tpro_nb.core import *", PARAMS, reads])
+            (profile / f"{stage}.yaml").write_text("run_dir: outputs/toy\nseed: 0\n")
+        base = stages.load_params(root, "toy")
+        self.recipe = Recipe(root, base, stages.code_keys(root, base))
+
+    def run_stage(self, root, stage, params, keys, inputs, label, inherited=None):
+        import torch
+        from safetensors.torch import save_file
+
+        run = root / params["run_dir"]
+        out = run / stage
+        (out / "model").mkdir(parents=True, exist_ok=True)
+        self.ran.append(f"{run.name}/{stage}")
+        save_file({"score.weight": torch.ones(1, 8)}, out / "model" / "model.safetensors")
+        write_json(out / "metrics.json", dict(n=params["n"]))
+        stamp = dict(
+            stage=stage,
+            code_key=keys,
+            inputs=inputs,
+            outputs=stages.list_outputs(out),
+            seconds=1,
+            environment=environment(),
+            licences={},
+        )
+        write_json(out / "stamp.json", stamp)
+
+    def bring(self, name, cell=ALL_ON, **change):
+        "A cell's folder, brought up to date, and what ran for it; `change`: parameters of DPO."
+        params = {}
+        for stage, values in self.recipe.params.items():
+            params[stage] = values | dict(run_dir=f"outputs/{name}")
+        params["09_dpo"] |= change
+        folders = sorted((self.root / "outputs").glob("*"))
+        pool = [folder for folder in folders if folder.is_dir()]
+        self.ran.clear()
+        plan = CellPlan(cell, params)
+        run = cells.run_cell(self.recipe, plan, pool, ["09_dpo"], say=silent)
+        return run, list(self.ran)
+
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    "Three stages under the names that matter; a fake runner that writes what they would."
-    import torch
-    from safetensors.torch import save_file
-    (tmp_path/"settings.ini").touch(); (tmp_path/"tpro_nb"/"tables").mkdir(parents=True)
-    inputs = {"07_sft": "", "08_reward_model": "run.input('07_sft/model')", "09_dpo": "run.input('08_reward_model/model')"}
-    for s, i in inputs.items():
-        write_notebook(tmp_path/"nbs"/f"{s}.ipynb", ["from tpro_nb.core import *", PARAMS, i])
-        (tmp_path/"params"/"toy").mkdir(parents=True, exist_ok=True); (tmp_path/"params"/"toy"/f"{s}.yaml").write_text("run_dir: outputs/toy\nseed: 0\n")
-    ran = []
-    def run_stage(root, stage, params, keys, ins, label, inherited=None):
-        out = root/params["run_dir"]/stage; (out/"model").mkdir(parents=True, exist_ok=True); ran.append((root/params["run_dir"]).name + "/" + stage)
-        save_file({"score.weight": torch.ones(1, 8)}, out/"model"/"model.safetensors"); write_json(out/"metrics.json", dict(n=params["n"]))
-        write_json(out/"stamp.json", dict(stage=stage, code_key=keys, inputs=ins, outputs=P.list_outputs(out), seconds=1, environment=environment(), licences={}))
-    monkeypatch.setattr(P, "run_stage", run_stage)
-    base = P.load_params(tmp_path, "toy"); code = P.code_keys(tmp_path, base)
-    def go(name, cell=ON, **change):
-        params = {s: p | dict(run_dir=f"outputs/{name}") | (change if s == "09_dpo" else {}) for s, p in base.items()}
-        pool = [p for p in sorted((tmp_path/"outputs").glob("*")) if p.is_dir()]
-        del ran[:]; return A.run_cell(tmp_path, code, params, cell, pool, ["09_dpo"], say=lambda *a: None), list(ran)
-    return go
+    chain = ToyChain(tmp_path)
+    monkeypatch.setattr(pipeline, "run_stage", chain.run_stage)
+    return chain.bring
 
-def head(run): 
+
+def head_of(run):
     from safetensors.torch import load_file
-    return load_file(run/"08_reward_model"/"model"/"model.safetensors")["score.weight"]
+
+    return load_file(run / "08_reward_model" / "model" / "model.safetensors")["score.weight"]
+
 
 def test_cells_share_what_is_the_same_and_survive_a_stop(toy):
-    run, ran = toy("one"); assert ran == ["one/07_sft", "one/08_reward_model", "one/09_dpo"]
+    run, ran = toy("one")
+    assert ran == ["one/07_sft", "one/08_reward_model", "one/09_dpo"]
     assert toy("one")[1] == []
-    two, ran = toy("two", n=5); assert ran == ["two/09_dpo"] and read_json(two/"09_dpo"/"metrics.json")["n"] == 5
-    (two/"09_dpo"/"stamp.json").unlink(); assert toy("two", n=5)[1] == ["two/09_dpo"]
-    (two/"08_reward_model"/"model"/"model.safetensors").write_bytes(b"x"); assert toy("two", n=5)[1] == []      # damaged: taken from its twin again
+    two, ran = toy("two", n=5)
+    assert ran == ["two/09_dpo"]
+    assert read_json(two / "09_dpo" / "metrics.json")["n"] == 5
+    (two / "09_dpo" / "stamp.json").unlink()
+    assert toy("two", n=5)[1] == ["two/09_dpo"]
+    (two / "08_reward_model" / "model" / "model.safetensors").write_bytes(b"x")
+    assert toy("two", n=5)[1] == []  # damaged: taken from its twin again
+
 
 def test_a_random_reward_head_is_its_own_and_spoils_nobody_elses(toy):
     one, _ = toy("one")
-    off, ran = toy("off", ON | dict(reward=-1))
-    assert ran == ["off/09_dpo"]                                   # the trained one is copied, only its head changes
-    assert (head(one) == 1).all() and not (head(off) == 1).any()
-    assert toy("off", ON | dict(reward=-1))[1] == [] and toy("one")[1] == []
-    third, ran = toy("third", ON | dict(reward=-1), n=2); assert ran == ["third/09_dpo"] and (head(third) == head(off)).all()
+    off, ran = toy("off", RANDOM_REWARD)
+    assert ran == ["off/09_dpo"]  # the trained one is copied, only its head changes
+    assert (head_of(one) == 1).all()
+    assert not (head_of(off) == 1).any()
+    assert toy("off", RANDOM_REWARD)[1] == []
+    assert toy("one")[1] == []
+    third, ran = toy("third", RANDOM_REWARD, n=2)
+    assert ran == ["third/09_dpo"]
+    assert (head_of(third) == head_of(off)).all()
 
-@pytest.mark.parametrize("args,says", [(["nowhere"], "unknown profile"), (["smoke", "--set", "steps=3"], "STAGE.PARAM=VALUE"), (["smoke", "--sweep", "german"], "no sweep"), (["tpro"], "lacks")])
+
+@pytest.mark.parametrize(
+    "args,says",
+    [
+        (["nowhere"], "unknown profile"),
+        (["smoke", "--set", "steps=3"], "STAGE.PARAM=VALUE"),
+        (["smoke", "--sweep", "german"], "no sweep"),
+        (["tpro"], "lacks"),
+    ],
+)
 def test_mistakes_are_named(args, says):
-    with pytest.raises(UserError, match=says): A.main([*args, "--dry-run"])
+    with pytest.raises(UserError, match=says):
+        ablate_command([*args, "--dry-run"])
 
-def rows(effect=0., noise=.02, seeds=3, rng=np.random.default_rng(5)):
-    return [c | dict(seed=s, cell=A.name_of(c), think_accuracy=.3 + effect/2*c["dpo"] + .1*s + rng.normal(0, noise)) for s in range(seeds) for c in A.cells()]
+
+def cells_and_seeds(seeds=SEEDS):
+    "Every cell of every seed, seed by seed."
+    for seed in seeds:
+        for cell in factorial_cells():
+            yield cell, seed
+
+
+def with_response(values, response="y_"):
+    "Rows of all cells and seeds with a response, in the order of `cells_and_seeds`."
+    rows = []
+    for (cell, seed), value in zip(cells_and_seeds(), values, strict=True):
+        rows.append(cell.as_row() | {"seed": seed, response: value})
+    return rows
+
+
+RNG = np.random.default_rng(5)  # one stream for all draws of `accuracy_rows`
+
+
+def accuracy_rows(effect=0.0, noise=0.02, seeds=3):
+    rows = []
+    for cell, seed in cells_and_seeds(range(seeds)):
+        accuracy = 0.3 + effect / 2 * cell.dpo + 0.1 * seed + RNG.normal(0, noise)
+        rows.append(cell.as_row() | dict(seed=seed, cell=cell.name, think_accuracy=accuracy))
+    return rows
+
+
+def by_term(found):
+    return {effect["term"]: effect for effect in found}
+
+
+def count_significant(found):
+    return sum(effect["verdict"] == "significant" for effect in found)
+
 
 def test_effects_are_found_where_they_are_and_nowhere_else():
-    got = {e["term"]: e for e in A.effects(rows(.12), "think_accuracy")}
-    assert got["dpo"]["verdict"] == "significant" and got["dpo"]["lo"] < .12 < got["dpo"]["hi"]
-    assert sum(e["verdict"] == "significant" for e in got.values()) == 1
-    data = rows(.12); by_hand = [r["think_accuracy"]*r["dpo"] for r in data]
-    assert {e["term"]: e["effect"] for e in A.effects(data, "think_accuracy")}["dpo"] == pytest.approx(np.sum(by_hand)/12)
-    assert sum(any(e["verdict"] == "significant" for e in A.effects(rows(), "think_accuracy")) for _ in range(20)) <= 4        # Holm: one family in twenty
-    assert {e["verdict"] for e in A.effects(rows(noise=0, effect=0) and [r | dict(think_accuracy=0.) for r in rows()], "think_accuracy")} == {"does not vary"}
+    found = by_term(effects(accuracy_rows(0.12), "think_accuracy"))
+    assert found["dpo"]["verdict"] == "significant"
+    assert found["dpo"]["lo"] < 0.12 < found["dpo"]["hi"]
+    assert count_significant(found.values()) == 1
+
+    data = accuracy_rows(0.12)
+    by_hand = sum(row["think_accuracy"] * row["dpo"] for row in data) / 12
+    assert by_term(effects(data, "think_accuracy"))["dpo"]["effect"] == pytest.approx(by_hand)
+
+    families = [effects(accuracy_rows(), "think_accuracy") for _ in range(20)]
+    false_alarms = sum(count_significant(found) > 0 for found in families)
+    assert false_alarms <= 4  # Holm: one family in twenty
+
+    all_alike = [row | dict(think_accuracy=0.0) for row in accuracy_rows()]
+    verdicts = {effect["verdict"] for effect in effects(all_alike, "think_accuracy")}
+    assert verdicts == {"does not vary"}
+
+
+def shared_luck(rng, spread):
+    "One draw for every pair of cells that share vocabulary, midtraining and seed."
+    luck = {}
+    for cell in factorial_cells():
+        for seed in SEEDS:
+            luck[cell.vocabulary, cell.midtraining, seed] = rng.normal(0, spread)
+    return luck
+
 
 def test_a_figure_taken_before_dpo_is_not_counted_twice():
-    rng = np.random.default_rng(1); per = {(c["vocabulary"], c["midtraining"], s): 2 - .2*(c["midtraining"] > 0) + rng.normal(0, .05) for c in A.cells() for s in range(3)}
-    data = [c | dict(seed=s, ru_bits_per_byte=per[c["vocabulary"], c["midtraining"], s]) for s in range(3) for c in A.cells()]
-    got = {e["term"]: e for e in A.effects(data, "ru_bits_per_byte", early=True)}
-    assert set(got) == {"vocabulary", "midtraining", "vocabulary × midtraining"}
-    late = {e["term"]: e for e in A.effects(data, "ru_bits_per_byte")}
-    assert {late[t]["verdict"] for t in ("reward", "dpo")} == {"does not vary"} and [late["midtraining"][k] for k in ("effect", "lo", "hi")] == pytest.approx([got["midtraining"][k] for k in ("effect", "lo", "hi")])
-    with pytest.raises(UserError, match="share everything"): A.effects([data[0] | dict(ru_bits_per_byte=9.), *data[1:]], "ru_bits_per_byte", early=True)
+    luck = shared_luck(np.random.default_rng(1), 0.05)
+    values = []
+    for cell, seed in cells_and_seeds():
+        gain = 0.2 * (cell.midtraining > 0)
+        values.append(2 - gain + luck[cell.vocabulary, cell.midtraining, seed])
+    data = with_response(values, "ru_bits_per_byte")
+    early = by_term(effects(data, "ru_bits_per_byte", early=True))
+    assert set(early) == {"vocabulary", "midtraining", "vocabulary × midtraining"}
+    late = by_term(effects(data, "ru_bits_per_byte"))
+    assert {late[term]["verdict"] for term in ("reward", "dpo")} == {"does not vary"}
+    for name in ("effect", "lo", "hi"):
+        assert late["midtraining"][name] == pytest.approx(early["midtraining"][name])
+    with pytest.raises(UserError, match="share everything"):
+        odd = data[0] | dict(ru_bits_per_byte=9.0)
+        effects([odd, *data[1:]], "ru_bits_per_byte", early=True)
+
 
 def test_luck_that_two_cells_share_is_no_effect_of_what_they_share():
-    "A split plot: with a shared luck ten times the cells' own, the interval still holds the truth (0) about 95 times of 100."
-    rng, missed = np.random.default_rng(2), 0
+    """A split plot: with a shared luck ten times the cells' own, the interval still holds the
+    truth (0) about 95 times of 100."""
+    rng = np.random.default_rng(2)
+    missed = 0
     for _ in range(150):
-        luck = {(c["vocabulary"], c["midtraining"], s): rng.normal(0, .05) for c in A.cells() for s in range(3)}
-        data = [c | dict(seed=s, y_=luck[c["vocabulary"], c["midtraining"], s] + rng.normal(0, .005) + .02*c["dpo"]) for s in range(3) for c in A.cells()]
-        got = {e["term"]: e for e in A.effects(data, "y_")}
-        missed += not got["midtraining"]["lo"] < 0 < got["midtraining"]["hi"]
-        assert got["dpo"]["effect"] == pytest.approx(.04, abs=.02) and got["dpo"]["verdict"] == "significant"
+        luck = shared_luck(rng, 0.05)
+        values = []
+        for cell, seed in cells_and_seeds():
+            shared = luck[cell.vocabulary, cell.midtraining, seed]
+            values.append(shared + rng.normal(0, 0.005) + 0.02 * cell.dpo)
+        found = by_term(effects(with_response(values), "y_"))
+        missed += not found["midtraining"]["lo"] < 0 < found["midtraining"]["hi"]
+        assert found["dpo"]["effect"] == pytest.approx(0.04, abs=0.02)
+        assert found["dpo"]["verdict"] == "significant"
     assert 1 <= missed <= 14, missed
 
+
 def test_luck_that_a_vocabulary_shares_is_no_effect_of_the_vocabulary():
-    "Tokenizer, base and data are made once for four cells: with a luck per vocabulary and seed the interval still holds the truth (0), and midtraining is found through it."
-    rng, missed, found = np.random.default_rng(4), 0, 0
+    """Tokenizer, base and data are made once for four cells: with a luck per vocabulary and seed
+    the interval still holds the truth (0), and midtraining is found through it."""
+    rng = np.random.default_rng(4)
+    missed = found_midtraining = 0
     for _ in range(40):
-        luck = {(v, s): rng.normal(0, .1) for v in (1, -1) for s in range(3)}; own = {(c["vocabulary"], c["midtraining"], s): rng.normal(0, .01) for c in A.cells() for s in range(3)}
-        data = [c | dict(seed=s, y_=luck[c["vocabulary"], s] + own[c["vocabulary"], c["midtraining"], s] + .04*c["midtraining"] + rng.normal(0, .005)) for s in range(3) for c in A.cells()]
-        got = {e["term"]: e for e in A.effects(data, "y_")}
-        missed += not got["vocabulary"]["lo"] < 0 < got["vocabulary"]["hi"]; found += got["midtraining"]["lo"] > 0
-    assert missed <= 6 and found > 33, (missed, found)
+        of_vocabulary = {}
+        for level in (1, -1):
+            for seed in SEEDS:
+                of_vocabulary[level, seed] = rng.normal(0, 0.1)
+        of_pair = shared_luck(rng, 0.01)
+        values = []
+        for cell, seed in cells_and_seeds():
+            luck = of_vocabulary[cell.vocabulary, seed]
+            luck += of_pair[cell.vocabulary, cell.midtraining, seed]
+            values.append(luck + 0.04 * cell.midtraining + rng.normal(0, 0.005))
+        found = by_term(effects(with_response(values), "y_"))
+        missed += not found["vocabulary"]["lo"] < 0 < found["vocabulary"]["hi"]
+        found_midtraining += found["midtraining"]["lo"] > 0
+    assert missed <= 6 and found_midtraining > 33, (missed, found_midtraining)
+
 
 def test_bits_of_an_answer_are_the_models_own_and_vocabularies_compare(tmp_path):
     import torch
-    from tpro_nb.base_model import load_model
+
     from tpro_nb.core import toy_model, toy_problems
     from tpro_nb.midtraining import prompt_ids
-    toy_model(tmp_path, hidden=16, layers=1); model, tok = load_model(tmp_path); p = toy_problems(1)[0]
-    ids = prompt_ids(tok, [dict(role="user", content=p["question"])], False); said = tok.encode(p["full_answer"], add_special_tokens=False)
-    with torch.inference_mode(): logp = torch.log_softmax(model(torch.tensor([ids + said])).logits[0].float(), -1)
-    by_hand = -sum(float(logp[len(ids) - 1 + i, t]) for i, t in enumerate(said))/np.log(2)/len(p["full_answer"])
-    assert A.answer_bits(model, tok, [p], False) == pytest.approx(by_hand, rel=1e-4)
+    from tpro_nb.training import load_model
+
+    toy_model(tmp_path, hidden=16, layers=1)
+    model, tokenizer = load_model(tmp_path)
+    problem = toy_problems(1)[0]
+    prompt = prompt_ids(tokenizer, [dict(role="user", content=problem["question"])], False)
+    reply = tokenizer.encode(problem["full_answer"], add_special_tokens=False)
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + reply])).logits[0].float()
+    log_probabilities = torch.log_softmax(logits, -1)
+    nats = 0.0
+    for index, token in enumerate(reply):
+        nats -= float(log_probabilities[len(prompt) - 1 + index, token])
+    by_hand = nats / np.log(2) / len(problem["full_answer"])
+    bits = cells.answer_bits(model, tokenizer, [problem], False)
+    assert bits == pytest.approx(by_hand, rel=1e-4)
+
 
 def test_incomplete_designs_are_refused():
-    with pytest.raises(UserError, match="one seed"): A.effects(rows(seeds=1), "think_accuracy")
-    with pytest.raises(UserError, match="all eight cells"): A.effects(rows()[:-1], "think_accuracy")
-    with pytest.raises(UserError, match="all eight cells"): A.effects([*rows()[:-1], rows()[-1] | dict(think_accuracy=None)], "think_accuracy")
+    with pytest.raises(UserError, match="one seed"):
+        effects(accuracy_rows(seeds=1), "think_accuracy")
+    with pytest.raises(UserError, match="all eight cells"):
+        effects(accuracy_rows()[:-1], "think_accuracy")
+    *rest, last = accuracy_rows()
+    with pytest.raises(UserError, match="all eight cells"):
+        effects([*rest, last | dict(think_accuracy=None)], "think_accuracy")
+
 
 def test_report(tmp_path):
     said = []
-    table = A.report([r | dict(speedup=1.3 + .01*r["seed"]) for r in rows(.12)], tmp_path, say=said.append)
-    assert any("eagle" in t["term"] and t["effect"] == pytest.approx(1.31) and t["lo"] < 1.31 < t["hi"] for t in table)
-    eagle = next(t for t in table if "eagle" in t["term"])
-    assert (eagle["lo"], eagle["hi"]) == pytest.approx(A.mean_ci([1.3, 1.31, 1.32])[1:])              # three seeds, not 24 cells
-    assert (tmp_path/"effects.csv").read_text().startswith("response,term,effect") and any("not significant" in s for s in said)
-    assert (tmp_path/"effects.png").read_bytes().startswith(b"\x89PNG") and not any("eagle" in l.get_text() for l in A.forest(table).axes[0].get_yticklabels())      # its ratio is a mean, not an effect
+    rows = [row | dict(speedup=1.3 + 0.01 * row["seed"]) for row in accuracy_rows(0.12)]
+    table = ablation_report(rows, tmp_path, say=said.append)
+    (eagle,) = (row for row in table if "eagle" in row["term"])
+    assert eagle["effect"] == pytest.approx(1.31)
+    assert eagle["lo"] < 1.31 < eagle["hi"]
+    # three seeds, not 24 cells
+    assert (eagle["lo"], eagle["hi"]) == pytest.approx(mean_ci([1.3, 1.31, 1.32])[1:])
+    assert (tmp_path / "effects.csv").read_text().startswith("response,term,effect")
+    assert any("not significant" in line for line in said)
+    assert (tmp_path / "effects.png").read_bytes().startswith(b"\x89PNG")
+    # its ratio is a mean, not an effect
+    labels = forest_plot(table).axes[0].get_yticklabels()
+    assert not any("eagle" in label.get_text() for label in labels)
 
-def english(run):
-    rows = read_jsonl(run/"05_data"/"midtrain.jsonl"); size = lambda r: len(r["messages"][0]["content"])
-    return sum(map(size, rows)), 100*sum(size(r) for r in rows if r["lang"] == "en")/sum(map(size, rows))
+
+def size_of(row):
+    return len(row["messages"][0]["content"])
+
+
+def text_of_cell(run):
+    return read_jsonl(run / "05g_data" / "midtrain.jsonl")
+
+
+def text_measured(run, speed):
+    "Instead of a cell's responses: characters of its text, and the share of English in them."
+    rows = text_of_cell(run)
+    characters = sum(size_of(row) for row in rows)
+    english = sum(size_of(row) for row in rows if row["lang"] == "en")
+    return dict(chars=characters, share=100 * english / characters)
+
+
+def tokens_of_text(run, vocabulary="dense"):
+    "Four characters a token of English, two of Russian."
+    return sum(size_of(row) // (4 if row["lang"] == "en" else 2) for row in text_of_cell(run))
+
+
+def mixed_rows(count):
+    "Rows of text, every sixth of them English and twice as long as the Russian ones."
+    rows = []
+    for index in range(count):
+        is_english = index % 6 == 0
+        content = ("ab" if is_english else "я") * 10
+        language = "en" if is_english else "ru"
+        rows.append(dict(lang=language, messages=[dict(role="user", content=content)]))
+    return rows
+
+
+def status_by_key(run, stage, key, done, inputs):
+    "Current where the stamp has the key; nothing else is looked at."
+    stamp = run / stage / "stamp.json"
+    is_current = stamp.exists() and read_json(stamp)["code_key"]["key"] == key["key"]
+    return SimpleNamespace(state="current" if is_current else "stale", stamp={})
+
+
+def no_inputs(*arguments):
+    return {}
+
+
+def no_export(root):
+    "The library is as it is."
+
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
-    "A sweep in which chapter 05 is a fake that gives as many characters as asked for, every sixth row English; the later stages say what they were asked."
+    """A sweep in which chapter 05 is a fake that gives as many characters as asked for, every
+    sixth row English; the later stages say what they were asked."""
     asked = []
-    def run_stage(root, stage, params, keys, ins, label, inherited=None):
-        out = root/params["run_dir"]/stage; out.mkdir(parents=True, exist_ok=True); asked.append((out.parent.name, stage, params))
-        if stage == "05_data": write_jsonl(out/"midtrain.jsonl", [dict(lang="en" if i % 6 == 0 else "ru", messages=[dict(role="user", content=("ab" if i % 6 == 0 else "я")*10)]) for i in range(params["midtrain_chars"]//11)])
-        write_json(out/"metrics.json", {})
-        write_json(out/"stamp.json", dict(stage=stage, code_key=keys, inputs=ins, outputs=P.list_outputs(out)))
-    monkeypatch.setattr(P, "run_stage", run_stage); monkeypatch.setattr(P, "export_all", lambda root: None); monkeypatch.setattr(P, "_inputs_now", lambda *a: {})
-    keyed = lambda f: f.exists() and read_json(f)["code_key"]["key"]
-    monkeypatch.setattr(P, "stage_status", lambda run, stage, key, done, ins: SimpleNamespace(state="current" if keyed(run/stage/"stamp.json") == key["key"] else "stale", stamp={}))
-    monkeypatch.setattr(A, "measured", lambda run, speed: dict(zip(("chars", "share"), english(run))))
-    monkeypatch.setattr(A, "tokens", lambda run, vocabulary="dense": sum(len(r["messages"][0]["content"])//(4 if r["lang"] == "en" else 2) for r in read_jsonl(run/"05_data"/"midtrain.jsonl")))
-    return tmp_path/"sweep", asked
+
+    def run_stage(root, stage, params, keys, inputs, label, inherited=None):
+        out = root / params["run_dir"] / stage
+        out.mkdir(parents=True, exist_ok=True)
+        asked.append(SimpleNamespace(cell=out.parent.name, stage=stage, params=params))
+        if stage == "05g_data":
+            write_jsonl(out / "midtrain.jsonl", mixed_rows(params["midtrain_chars"] // 11))
+        write_json(out / "metrics.json", {})
+        outputs = stages.list_outputs(out)
+        stamp = dict(stage=stage, code_key=keys, inputs=inputs, outputs=outputs)
+        write_json(out / "stamp.json", stamp)
+
+    monkeypatch.setattr(pipeline, "run_stage", run_stage)
+    monkeypatch.setattr(pipeline, "export_all", no_export)
+    monkeypatch.setattr(pipeline, "inputs_now", no_inputs)
+    monkeypatch.setattr(stages, "stage_status", status_by_key)
+    monkeypatch.setattr(ablate_module, "cell_responses", text_measured)
+    monkeypatch.setattr(ablate_module, "midtraining_tokens", tokens_of_text)
+    settings = AblationSettings(
+        "smoke",
+        str(tmp_path / "sweep"),
+        seeds=[0],
+        sweep="english",
+        changes={"05g_data": dict(midtrain_chars=6000)},
+    )
+    return settings, asked
+
 
 def test_a_sweep_moves_the_language_of_what_is_read_and_nothing_else(corpus):
-    "The share is that of the midtraining text itself, at equal characters; the corpus is made once; steps follow the tokens."
-    out, asked = corpus
-    rows = A.ablate(ROOT, "smoke", [0], str(out), sweep="english", changes={"05_data": dict(midtrain_chars=6000)}, say=lambda s: None)
-    assert [r["share"] for r in rows] == pytest.approx(A.ENGLISH, abs=.3) and [r["chars"] for r in rows] == pytest.approx([6000]*5, abs=20)
-    assert [a[0] for a in asked if a[1] == "05_data"] == ["corpus"] and asked[[a[1] for a in asked].index("05_data")][2]["midtrain_chars"] == 12000
-    steps = {run: p["steps"] for run, s, p in asked if s == "06_midtraining"}; base = P.load_params(ROOT, "smoke")["06_midtraining"]["steps"]
-    assert steps["english0"] == base and steps["english40"] == round(base*.8)                       # four tenths of the text takes half the tokens
+    """The share is that of the midtraining text itself, at equal characters; the corpus is made
+    once; steps follow the tokens."""
+    settings, asked = corpus
+    rows = ablate(ROOT, settings, say=silent)
+    assert [row["share"] for row in rows] == pytest.approx(ENGLISH, abs=0.3)
+    assert [row["chars"] for row in rows] == pytest.approx([6000] * 5, abs=20)
+    (curated,) = (call for call in asked if call.stage == "05g_data")
+    assert curated.cell == "corpus"
+    assert curated.params["midtrain_chars"] == 12000
+    steps = {call.cell: call.params["steps"] for call in asked if call.stage == "06_midtraining"}
+    base = stages.load_params(ROOT, "smoke")["06_midtraining"]["steps"]
+    assert steps["english0"] == base
+    # four tenths of the text takes half the tokens
+    assert steps["english40"] == round(base * 0.8)
+
 
 def test_a_share_that_the_corpus_cannot_reach_is_refused_before_training(corpus, monkeypatch):
-    out, asked = corpus; monkeypatch.setattr(A, "ENGLISH", (0., 95.))
-    with pytest.raises(UserError, match="english95: 95 % English of 6,000 characters needs .* characters of en more"): A.ablate(ROOT, "smoke", [0], str(out), sweep="english", changes={"05_data": dict(midtrain_chars=6000)}, say=lambda s: None)
-    assert "english95" not in {a[0] for a in asked}
+    settings, asked = corpus
+    monkeypatch.setattr(ablate_module, "ENGLISH", (0.0, 95.0))
+    says = "english95: 95 % English of 6,000 characters needs .* characters of en more"
+    with pytest.raises(UserError, match=says):
+        ablate(ROOT, settings, say=silent)
+    assert "english95" not in {call.cell for call in asked}
+
 
 def test_sweep_report(tmp_path):
-    rng = np.random.default_rng(3); sweep = [dict(english_pct=e, seed=s, think_accuracy=e/100 + s/10 + rng.normal(0, .002), direct_accuracy=0.) for e in A.ENGLISH for s in range(3)]
-    table = {(t["response"], t["term"]): t for t in A.report(sweep, tmp_path, "english", say=lambda s: None)}
-    mean, gap = table["think_accuracy", "0 % English"], table["think_accuracy", "40 minus 0 % English"]
-    assert len(table) == 18 and mean["effect"] == pytest.approx(.1, abs=.01) and mean["lo"] < .1 < mean["hi"]
-    assert gap["lo"] < .4 < gap["hi"] and gap["hi"] - gap["lo"] < (mean["hi"] - mean["lo"])/10 and gap["verdict"] == "significant"      # the seeds' own level is not its noise
+    rng = np.random.default_rng(3)
+    sweep = []
+    for share in ENGLISH:
+        for seed in SEEDS:
+            accuracy = share / 100 + seed / 10 + rng.normal(0, 0.002)
+            accuracies = dict(think_accuracy=accuracy, direct_accuracy=0.0)
+            sweep.append(dict(english_pct=share, seed=seed) | accuracies)
+    table = {}
+    for row in ablation_report(sweep, tmp_path, "english", say=silent):
+        table[row["response"], row["term"]] = row
+    mean = table["think_accuracy", "0 % English"]
+    gap = table["think_accuracy", "40 minus 0 % English"]
+    assert len(table) == 18
+    assert mean["effect"] == pytest.approx(0.1, abs=0.01)
+    assert mean["lo"] < 0.1 < mean["hi"]
+    assert gap["lo"] < 0.4 < gap["hi"]
+    # the seeds' own level is not its noise
+    assert gap["hi"] - gap["lo"] < (mean["hi"] - mean["lo"]) / 10
+    assert gap["verdict"] == "significant"
     assert table["direct_accuracy", "40 minus 0 % English"]["verdict"] == "does not vary"
-    assert len(A.shares([r for r in sweep if r["seed"] == 0], "think_accuracy")) == 5               # one seed: means, no verdict
-    with pytest.raises(UserError, match="every seed needs every share"): A.shares(sweep[1:], "think_accuracy")
-    assert {f.name for f in tmp_path.iterdir()} == {"english.csv", "english.png"}                    # a sweep does not pass for a factorial
+    one_seed = [row for row in sweep if row["seed"] == 0]
+    assert len(sweep_effects(one_seed, "think_accuracy")) == 5  # means, no verdict
+    with pytest.raises(UserError, match="every seed needs every share"):
+        sweep_effects(sweep[1:], "think_accuracy")
+    # a sweep does not pass for a factorial
+    files = {file.name for file in tmp_path.iterdir()}
+    assert files == {"english.csv", "english.png", "study_english.json"}

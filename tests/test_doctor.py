@@ -1,245 +1,525 @@
-"Chapter 91: the sums agree with hand arithmetic, what cannot fit is refused by name, and accelerate, TRL and SGLang accept what the profiles ask for."
-import inspect, math, shlex, sys
-from pathlib import Path
-import pytest, yaml
-from tpro_nb import core, doctor as D, pipeline as P
-from tpro_nb.claims import estimate
-from tpro_nb.core import UserError, toy
-from tpro_nb.serving import target_shapes
+"""Chapter 91: the sums agree with hand arithmetic, what cannot fit is refused by name.
+
+And accelerate, TRL and SGLang accept what the profiles ask for.
+"""
+
+import inspect
+import math
+import shlex
+import sys
+
+import pytest
+import yaml
 from conftest import ROOT
 
-FOLDER = ROOT/"params"/"h100x32"
+from tpro_nb import cli, core, doctor, launch, stages
+from tpro_nb.core import UserError, toy
+from tpro_nb.doctor import CardLoad
+from tpro_nb.planner import Cards, estimate
+from tpro_nb.serving import target_shapes
+
+FOLDER = ROOT / "params" / "h100x32"
+PARAMETERS = 32_762_123_264  # of Qwen3-32B
+TRAININGS = ["06_midtraining", "07_sft", "08_reward_model", "09_dpo"]
+
 
 @pytest.fixture
 def big():
     "The 4x8 profile with batches and lengths that fit, so that each test breaks one thing."
-    p = P.load_params(ROOT, "h100x32")
-    p["07_sft"]["eval_batch"], p["10_evaluation"]["batch_size"], p["11_eagle_draft"]["gen_batch"] = 6, 1, 8
-    for stage in ("08_reward_model", "09_dpo"): p[stage] |= dict(sample_batch=1, servers={})
-    p["10_evaluation"]["servers"] = {}
-    return p
+    params = stages.load_params(ROOT, "h100x32")
+    params["07_sft"]["eval_batch"] = 6
+    params["10_evaluation"]["batch_size"] = 1
+    params["11c_eagle_draft"]["gen_batch"] = 8
+    for stage in ("08_reward_model", "09_dpo"):
+        params[stage] |= dict(sample_batch=1, servers={})
+    params["10_evaluation"]["servers"] = {}
+    return params
 
-@pytest.mark.parametrize("size", D.QWEN3)
+
+def problems_of(params, folder=FOLDER):
+    return doctor.examine(params, folder).problems
+
+
+def warnings_of(params):
+    return doctor.examine(params, FOLDER).warnings
+
+
+def changed(params, stage, **changes):
+    "A copy of a profile's parameters with some of one stage changed."
+    return params | {stage: params[stage] | changes}
+
+
+def fit_of(examination, stage):
+    return next(fit for fit in examination.fits if fit.training.stage == stage)
+
+
+def states(memory):
+    return memory.weights + memory.gradients + memory.optimiser
+
+
+@pytest.mark.parametrize("size", doctor.QWEN3)
 def test_parameters_on_the_meta_device_equal_two_other_counts(size):
-    c = D.qwen3(size)
-    shapes = target_shapes(c.to_dict() | dict(model_type="qwen3"))
-    assert D.count(c) == sum(math.prod(s) for s in shapes.values()) == D.QWEN3[size][-1]
+    config = doctor.qwen3_config(size)
+    shapes = target_shapes(config.to_dict() | dict(model_type="qwen3"))
+    counted = doctor.count_parameters(config)
+    assert counted == sum(math.prod(shape) for shape in shapes.values())
+    assert counted == doctor.QWEN3[size].parameters
+
 
 def test_32b_by_hand():
-    layer = 2*5120*8192 + 2*5120*1024 + 3*5120*25600 + 2*5120 + 2*128
-    n = 64*layer + 2*151_936*5120 + 5120
-    assert D.count(D.qwen3("32B")) == n == 32_762_123_264
-    one, many = D.memory(D.qwen3("32B"), 1, 32768), D.memory(D.qwen3("32B"), 1, 32768, shards=32)
-    state = lambda m: m["weights"] + m["gradients"] + m["optimiser"]
-    assert state(one) == pytest.approx(16*n/1e9) and state(many) == pytest.approx(16*n/32/1e9)
-    assert many["activations"] == pytest.approx(64*32768*5120*2/1e9) and many["block"] == pytest.approx(32768*(16*5120 + 10*9216 + 12*25600)/1e9)
-    assert D.memory(D.qwen3("32B"), 2, 32768, shards=32, reference=True)["reference"] == pytest.approx(2*n/32/1e9)
-    cut = D.memory(D.qwen3("32B"), 1, 32768, shards=32, parts=4)
-    assert cut["activations"] == pytest.approx(many["activations"]/4) and state(cut) == state(many)
-    assert D.writing(D.qwen3("32B"), 1, 1 - D.PROMPT)["cache"] == pytest.approx(262_144/1e9)
+    layer = 2 * 5120 * 8192 + 2 * 5120 * 1024 + 3 * 5120 * 25600 + 2 * 5120 + 2 * 128
+    by_hand = 64 * layer + 2 * 151_936 * 5120 + 5120
+    assert doctor.count_parameters(doctor.qwen3_config("32B")) == by_hand == PARAMETERS
+
+
+def test_memory_of_32b_by_hand():
+    config = doctor.qwen3_config("32B")
+    one = doctor.training_memory(config, CardLoad(1, 32768))
+    many = doctor.training_memory(config, CardLoad(1, 32768, shards=32))
+    assert states(one) == pytest.approx(16 * PARAMETERS / 1e9)
+    assert states(many) == pytest.approx(16 * PARAMETERS / 32 / 1e9)
+    assert many.activations == pytest.approx(64 * 32768 * 5120 * 2 / 1e9)
+    block = 32768 * (16 * 5120 + 10 * 9216 + 12 * 25600)
+    assert many.block == pytest.approx(block / 1e9)
+    pairs = doctor.training_memory(config, CardLoad(2, 32768, shards=32, reference=True))
+    assert pairs.reference == pytest.approx(2 * PARAMETERS / 32 / 1e9)
+    cut = doctor.training_memory(config, CardLoad(1, 32768, shards=32, parts=4))
+    assert cut.activations == pytest.approx(many.activations / 4)
+    assert states(cut) == states(many)
+    one_token = doctor.writing_memory(config, 1, 1 - doctor.PROMPT)
+    assert one_token.cache == pytest.approx(262_144 / 1e9)
+
 
 def test_adapters_hold_frozen_weights_in_bf16():
-    c = D.qwen3("8B")
-    m, n = D.memory(c, 1, 1024, rank=16), D.count(c)
-    trained = 16*36*((4096 + 4096)*2 + (4096 + 1024)*2 + (4096 + 12288)*3)
-    assert m["optimiser"] == pytest.approx(8*trained/1e9) and m["weights"] == pytest.approx((2*n + 4*trained)/1e9) and m["reference"] == 0
+    config = doctor.qwen3_config("8B")
+    memory = doctor.training_memory(config, CardLoad(1, 1024, rank=16))
+    params = doctor.count_parameters(config)
+    trained = 16 * 36 * ((4096 + 4096) * 2 + (4096 + 1024) * 2 + (4096 + 12288) * 3)
+    assert memory.optimiser == pytest.approx(8 * trained / 1e9)
+    assert memory.weights == pytest.approx((2 * params + 4 * trained) / 1e9)
+    assert memory.reference == 0
+
 
 def test_a_profile_that_fits_is_not_refused(big):
-    got = D.examine(big, FOLDER)
-    assert got["problems"] == [] and got["parameters"] == 32_762_123_264
-    assert {f["stage"]: f["world"] for f in got["fits"]} == dict.fromkeys(["06_midtraining", "07_sft", "08_reward_model", "09_dpo"], 32)
-    assert got["trl"] == {"06_midtraining": "SFTConfig", "07_sft": "SFTConfig", "08_reward_model": "RewardConfig", "09_dpo": "DPOConfig"}
-    mid = next(h for h in got["hours"] if h["stage"] == "midtraining")
-    want = estimate("midtraining", 32_762_123_264, 9750*128*32768, 6, mfu=big["16_claims"]["plan_mfu"], gpus=32)
-    assert mid["gpu_h"] == pytest.approx(want["gpu_h"]) and 5000 < mid["gpu_h"] < 6500     # the paper's 40 B tokens
-    text = D.said(got, "h100x32")
-    assert "nothing refused" in text and "No GPU was used" in text and "srun --nodes=4" in text and "--speculative-algorithm EAGLE" in text
+    got = doctor.examine(big, FOLDER)
+    assert got.problems == []
+    assert got.parameters == PARAMETERS
+    assert {fit.training.stage: fit.training.world for fit in got.fits} == dict.fromkeys(
+        TRAININGS, 32
+    )
+    assert got.trl == {
+        "06_midtraining": "SFTConfig",
+        "07_sft": "SFTConfig",
+        "08_reward_model": "RewardConfig",
+        "09_dpo": "DPOConfig",
+    }
+    text = doctor.examination_text(got, "h100x32")
+    for said in (
+        "nothing refused",
+        "No GPU was used",
+        "srun --nodes=4",
+        "--speculative-algorithm EAGLE",
+    ):
+        assert said in text, said
+
+
+def test_hours_of_midtraining_are_the_planners(big):
+    hours = doctor.examine(big, FOLDER).hours
+    midtraining = next(row for row in hours if row.stage == "midtraining")
+    cards = Cards(mfu=big["16d_claims"]["plan_mfu"], gpus=32)
+    want = estimate("midtraining", PARAMETERS, 9750 * 128 * 32768, 6, cards)
+    assert midtraining.gpu_h == pytest.approx(want.gpu_h)
+    assert 5000 < midtraining.gpu_h < 6500  # the paper's 40 B tokens
+
 
 def test_small_profile_fits_as_it_is():
-    got = D.examine(P.load_params(ROOT, "h100"), ROOT/"params"/"h100")
-    assert got["problems"] == [] and all(f["total"] < 80 and f["world"] == 1 for f in got["fits"])
-    assert got["configs"]["accelerate.yaml"]["kind"] == "single"
-    (dpo,) = (f for f in got["fits"] if f["stage"] == "09_dpo")
-    sft = next(f for f in got["fits"] if f["stage"] == "07_sft")
-    assert dpo["steps"] == -(-2000*.98//128) and sft["tokens"] == (3*1500 + 40_000)*2*2140          # by what 05 deals
+    got = doctor.examine(stages.load_params(ROOT, "h100"), ROOT / "params" / "h100")
+    assert got.problems == []
+    for fit in got.fits:
+        assert fit.memory.total < 80
+        assert fit.training.world == 1
+    assert got.files["accelerate.yaml"].kind == "single"
+    dpo, sft = fit_of(got, "09_dpo").training, fit_of(got, "07_sft").training
+    assert dpo.steps == -(-2000 * 0.98 // 128)
+    assert sft.tokens == (3 * 1500 + 40_000) * 2 * 2140  # by what 05 deals
+
 
 def test_full_fine_tuning_of_32b_on_a_node_is_refused_with_the_sum(big):
-    got = D.examine(big, FOLDER, cards=8)
-    line = next(p for p in got["problems"] if p.startswith("06_midtraining"))
-    sums = {k: float(v) for k, v in (x.split(" ")[-2:] for x in line.split("needs ")[1].split(" = ")[0].split(" + "))}
-    total = float(line.split(" = ")[1].split(" ")[0])
-    assert sums["optimiser"] == pytest.approx(8*32.762/8, abs=.1) and sum(sums.values()) == pytest.approx(total, abs=.5) and total > 80
-    assert "context 32768" in line and "24 cards" in line and "rank: 16" in line
+    problems = doctor.examine(big, FOLDER, cards=8).problems
+    line = next(problem for problem in problems if problem.startswith("06_midtraining"))
+    summed, _, rest = line.split("needs ")[1].partition(" = ")
+    sums = {}
+    for part in summed.split(" + "):
+        purpose, gb = part.split(" ")[-2:]
+        sums[purpose] = float(gb)
+    total = float(rest.split(" ")[0])
+    assert sums["optimiser"] == pytest.approx(8 * 32.762 / 8, abs=0.1)
+    assert sum(sums.values()) == pytest.approx(total, abs=0.5)
+    assert total > 80
+    for said in ("context 32768", "24 cards", "rank: 16"):
+        assert said in line
 
-@pytest.mark.parametrize("stage, changes, names", [
+
+REFUSALS = [
     ("07_sft", dict(eval_batch=7), ["07_sft: eval_batch 7", "eval_batch: 6"]),
-    ("08_reward_model", dict(max_length=65536), ["08_reward_model: max_length 65536", "max_length: "]),
-    ("08_reward_model", dict(accelerate=""), ["08_reward_model: max_length 32768", "1 shard)", "accelerate: a file (the weights are then sharded over the 32 cards"]),
+    (
+        "08_reward_model",
+        dict(max_length=65536),
+        ["08_reward_model: max_length 65536", "max_length: "],
+    ),
+    (
+        "08_reward_model",
+        dict(accelerate=""),
+        [
+            "08_reward_model: max_length 32768",
+            "1 shard)",
+            "accelerate: a file (the weights are then sharded over the 32 cards",
+        ],
+    ),
     ("09_dpo", dict(batch=2), ["09_dpo: max_length 32768 with batch 2", "batch: 1"]),
     ("09_dpo", dict(sample_batch=3), ["09_dpo: sample_batch 3", "sample_batch: 1"]),
-    ("07_sft", dict(accelerate="params/h100x32/accelerate_sequence.yaml"), ["07_sft: accelerate names accelerate_sequence.yaml", "TRL refuses packed rows", "packing: false"]),
+    (
+        "07_sft",
+        dict(accelerate="params/h100x32/accelerate_sequence.yaml"),
+        [
+            "07_sft: accelerate names accelerate_sequence.yaml",
+            "TRL refuses packed rows",
+            "packing: false",
+        ],
+    ),
     ("10_evaluation", dict(batch_size=16), ["10_evaluation: batch_size 16", "batch_size: 1"]),
     ("06_midtraining", dict(nproc=4), ["06_midtraining: nproc 4", "num_processes 32"]),
-    ("13_serving", dict(tp_size=1), ["13_serving: tp_size 1", "tp_size: 2"])])
+    ("13_serving", dict(tp_size=1), ["13_serving: tp_size 1", "tp_size: 2"]),
+]
+
+
+@pytest.mark.parametrize("stage, changes, names", REFUSALS)
 def test_what_cannot_fit_is_refused_by_name(big, stage, changes, names):
-    big[stage] |= changes
-    problems = D.examine(big, FOLDER)["problems"]
-    assert len(problems) == 1 and all(n in problems[0] for n in names), problems
+    (problem,) = problems_of(changed(big, stage, **changes))
+    for name in names:
+        assert name in problem
+
 
 def test_the_named_remedy_fits_and_one_step_more_does_not(big):
-    big["09_dpo"]["max_length"] = 65536
-    fix = int(D.examine(big, FOLDER)["problems"][0].split("max_length: ")[1].split(";")[0].rstrip("."))
-    for length, fits in ((fix, True), (fix + 1024, False)):
-        big["09_dpo"]["max_length"] = length
-        assert (D.examine(big, FOLDER)["problems"] == []) is fits
+    (problem,) = problems_of(changed(big, "09_dpo", max_length=65536))
+    fix = int(problem.split("max_length: ")[1].split(";")[0].rstrip("."))
+    assert problems_of(changed(big, "09_dpo", max_length=fix)) == []
+    assert problems_of(changed(big, "09_dpo", max_length=fix + 1024)) != []
+
 
 def test_a_stage_without_an_accelerate_file_is_weighed_and_started_as_torchrun_will(big):
-    "Its launch line and its sum must be those of `core.starter`, not of the file that other stages name."
-    big["08_reward_model"]["accelerate"] = ""
-    got = D.examine(big, FOLDER)
-    row = next(f for f in got["fits"] if f["stage"] == "08_reward_model")
-    assert row["shards"] == 1 and row["total"] > 500 and D.launch_line(8) in got["lines"] and len(got["lines"]) == 2
-    assert all(f["shards"] == 32 for f in got["fits"] if f is not row)
+    "Its launch line and its sum must be those of `launch`, not of the file that others name."
+    got = doctor.examine(changed(big, "08_reward_model", accelerate=""), FOLDER)
+    reward = fit_of(got, "08_reward_model")
+    assert reward.load.shards == 1
+    assert reward.memory.total > 500
+    assert doctor.launch_line(8) in got.lines
+    assert len(got.lines) == 2
+    assert all(fit.load.shards == 32 for fit in got.fits if fit is not reward)
+
+
+def slow_notes(params):
+    "Notes on answers in one process, by the chapter's number."
+    notes = [note for note in warnings_of(params) if "answers in one process" in note]
+    return {note[:2]: note for note in notes}
+
+
+def tokens_per_second(new_tokens):
+    "Bytes a second over bytes a token, one answer at a time."
+    return 3.35e12 / (2 * PARAMETERS + 262_144 * (new_tokens + doctor.PROMPT))
+
 
 def test_answers_that_one_card_cannot_write_are_said(big):
-    notes = {n[:2]: n for n in D.examine(big, FOLDER)["warnings"] if "answers in one process" in n}
-    rate = 3.35e12/(2*32_762_123_264 + 262_144*(30_000 + D.PROMPT))                 # bytes a second over bytes a token
-    hard = 3.35e12/(2*32_762_123_264 + 262_144*(32_768 + D.PROMPT))
-    assert "10_evaluation writes 1,200 answers" in notes["10"] and f"{1200*16_000/hard/86400:,.0f} days" in notes["10"]      # 100 of T-Math, 4 samples, 3 models
-    assert set(notes) == {"08", "09", "10"} and f"{1_600_000*2140/rate/86400:,.0f} days" in notes["09"] and "64,000 answers" in notes["08"]
-    big["09_dpo"]["servers"] = {"07_sft": "http://127.0.0.1:31001/v1 07_sft"}
-    assert not any(n.startswith("09_dpo writes") for n in D.examine(big, FOLDER)["warnings"])
-    big["09_dpo"]["sample_batch"] = 64                                              # 09_dpo itself is still loaded here
-    assert any(p.startswith("09_dpo: sample_batch 64") for p in D.examine(big, FOLDER)["problems"])
-    big["09_dpo"]["servers"]["09_dpo"] = "http://127.0.0.1:31002/v1 09_dpo"
-    assert not any(p.startswith("09_dpo: sample_batch") for p in D.examine(big, FOLDER)["problems"])
+    notes = slow_notes(big)
+    rate, hard = tokens_per_second(30_000), tokens_per_second(32_768)
+    assert set(notes) == {"08", "09", "10"}
+    assert "10_evaluation writes 1,200 answers" in notes["10"]  # 100 of T-Math × 4 × 3 models
+    assert f"{1200 * 16_000 / hard / 86400:,.0f} days" in notes["10"]
+    assert f"{1_600_000 * 2140 / rate / 86400:,.0f} days" in notes["09"]
+    assert "64,000 answers" in notes["08"]
+
+
+def test_answers_that_a_server_writes_are_not_weighed(big):
+    dpo = big["09_dpo"]
+    dpo["servers"] = {"07_sft": "http://127.0.0.1:31001/v1 07_sft"}
+    assert not any(note.startswith("09_dpo writes") for note in warnings_of(big))
+    dpo["sample_batch"] = 64  # 09_dpo itself is still loaded here
+    said = "09_dpo: sample_batch"
+    assert any(problem.startswith(f"{said} 64") for problem in problems_of(big))
+    dpo["servers"]["09_dpo"] = "http://127.0.0.1:31002/v1 09_dpo"
+    assert not any(problem.startswith(said) for problem in problems_of(big))
+
 
 def test_text_that_is_read_again_and_again_is_said(big):
-    (note,) = [w for w in D.examine(big, FOLDER)["warnings"] if w.startswith("06_midtraining reads")]
-    assert "40.89 billion" in note and "read 41 times, and more often" in note
-    big["05_data"]["midtrain_chars"] = 9750*128*32_768                     # four passes
-    assert not any(w.startswith("06_midtraining reads") for w in D.examine(big, FOLDER)["warnings"])
+    start = "06_midtraining reads"
+    (note,) = [note for note in warnings_of(big) if note.startswith(start)]
+    assert "40.89 billion" in note
+    assert "read 41 times, and more often" in note
+    big["05g_data"]["midtrain_chars"] = 9750 * 128 * 32_768  # four passes
+    assert not any(note.startswith(start) for note in warnings_of(big))
+
 
 def test_without_fsdp_many_cards_do_not_help(big, tmp_path):
     "Plain torchrun replicates: with no accelerate file every card holds all sixteen bytes."
-    problems = D.examine(big, tmp_path)["problems"]
-    assert any(p.startswith("06_midtraining") and "1 shard)" in p for p in problems)
+    problems = problems_of(big, tmp_path)
+    assert any(line.startswith("06_midtraining") and "1 shard)" in line for line in problems)
 
-def config(tmp_path, name="accelerate.yaml", **changes):
-    c = yaml.safe_load((FOLDER/name).read_text())
-    for k, v in changes.items():
-        if isinstance(v, dict): c[k] |= v
-        else: c[k] = v
-    (tmp_path/"accelerate.yaml").write_text(yaml.safe_dump(c))
-    return tmp_path/"accelerate.yaml"
+
+def accelerate_file(tmp_path, **changes):
+    "The profile's accelerate file with some entries changed; a dict is merged into its entry."
+    text = yaml.safe_load((FOLDER / "accelerate.yaml").read_text())
+    for name, value in changes.items():
+        text[name] = text[name] | value if isinstance(value, dict) else value
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(yaml.safe_dump(text))
+    return file
+
 
 def test_accelerate_files_are_what_they_say():
-    one, many, cut = (D.accelerate_config(ROOT/"params"/p) for p in ("h100/accelerate.yaml", "h100x32/accelerate.yaml", "h100x32/accelerate_sequence.yaml"))
-    assert (one["kind"], one["processes"]) == ("single", 1)
-    assert (many["kind"], many["processes"], many["machines"], many["shards"], many["parts"], many["wraps"]) == ("fsdp", 32, 4, 32, 1, ["Qwen3DecoderLayer"])
-    assert (cut["kind"], cut["processes"], cut["shards"], cut["parts"]) == ("fsdp", 32, 32, 4)
+    one = doctor.accelerate_config(ROOT / "params" / "h100" / "accelerate.yaml")
+    many = doctor.accelerate_config(FOLDER / "accelerate.yaml")
+    cut = doctor.accelerate_config(FOLDER / "accelerate_sequence.yaml")
+    assert (one.kind, one.processes) == ("single", 1)
+    assert (many.kind, many.processes, many.machines) == ("fsdp", 32, 4)
+    assert (many.shards, many.parts, many.wraps) == (32, 1, ["Qwen3DecoderLayer"])
+    assert (cut.kind, cut.processes, cut.shards, cut.parts) == ("fsdp", 32, 32, 4)
 
-@pytest.mark.parametrize("changes, complaint", [
-    (dict(parallelism_config=dict(parallelism_config_dp_shard_size=16)), "= 16, but num_processes is 32"),
-    (dict(parallelism_config=dict(parallelism_config_dp_shard_size=8, parallelism_config_sp_size=4)), "does nothing under FSDP"),
-    (dict(parallelism_config=dict(parallelism_config_cp_size=4, parallelism_config_sp_size=4)), "mutually exclusive"),
-    (dict(fsdp_config=dict(fsdp_version=1)), "fsdp_version must be 2"), (dict(mixed_precision="fp16"), "the trainers use bf16"),
-    (dict(num_procs=32), "num_procs"), (dict(distributed_type="FSDP3"), "FSDP3")])
+
+BROKEN_FILES = [
+    (
+        dict(parallelism_config=dict(parallelism_config_dp_shard_size=16)),
+        "= 16, but num_processes is 32",
+    ),
+    (
+        dict(
+            parallelism_config=dict(
+                parallelism_config_dp_shard_size=8, parallelism_config_sp_size=4
+            )
+        ),
+        "does nothing under FSDP",
+    ),
+    (
+        dict(parallelism_config=dict(parallelism_config_cp_size=4, parallelism_config_sp_size=4)),
+        "mutually exclusive",
+    ),
+    (dict(fsdp_config=dict(fsdp_version=1)), "fsdp_version must be 2"),
+    (dict(mixed_precision="fp16"), "the trainers use bf16"),
+    (dict(num_procs=32), "num_procs"),
+    (dict(distributed_type="FSDP3"), "FSDP3"),
+]
+
+
+@pytest.mark.parametrize("changes, complaint", BROKEN_FILES)
 def test_accelerate_files_that_would_not_work_are_refused(tmp_path, changes, complaint):
-    with pytest.raises(UserError, match=complaint): D.accelerate_config(config(tmp_path, **changes))
+    with pytest.raises(UserError, match=complaint):
+        doctor.accelerate_config(accelerate_file(tmp_path, **changes))
+
 
 def test_a_layer_that_the_model_lacks_is_refused(big, tmp_path):
-    config(tmp_path, fsdp_config=dict(fsdp_transformer_layer_cls_to_wrap="LlamaDecoderLayer"))
-    assert any("LlamaDecoderLayer is no layer" in p and "Qwen3DecoderLayer" in p for p in D.examine(big, tmp_path)["problems"])
+    wraps = dict(fsdp_transformer_layer_cls_to_wrap="LlamaDecoderLayer")
+    accelerate_file(tmp_path, fsdp_config=wraps)
+    assert any(
+        "LlamaDecoderLayer is no layer" in problem and "Qwen3DecoderLayer" in problem
+        for problem in problems_of(big, tmp_path)
+    )
+
 
 def test_accelerate_still_puts_ulysses_in_place_under_deepspeed_only():
-    "The day this fails, accelerate_sequence.yaml can use sp_size and the chapter's sentence has to go."
+    "The day this fails, accelerate_sequence.yaml can use sp_size and the sentence has to go."
     from accelerate import Accelerator
+
     assert "UlyssesSPAttentionHF" in inspect.getsource(Accelerator._prepare_deepspeed)
-    assert "ulysses" not in (inspect.getsource(Accelerator._prepare_fsdp2) + inspect.getsource(Accelerator._prepare_cp)).lower()
+    under_fsdp = inspect.getsource(Accelerator._prepare_fsdp2)
+    under_cp = inspect.getsource(Accelerator._prepare_cp)
+    assert "ulysses" not in (under_fsdp + under_cp).lower()
+
 
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_launch_lines_are_those_of_core_launch(tmp_path, monkeypatch, nproc):
+def test_launch_lines_are_those_of_launch(tmp_path, monkeypatch, nproc):
     seen = []
-    def run(argv, **kw): seen.append(argv[1:]); core.write_json(tmp_path/"result.json", [{}]); return type("P", (), dict(returncode=0))
-    monkeypatch.setattr(core.subprocess, "run", run)
-    core.launch("tpro_nb.core:peak_mb", {}, tmp_path, nproc=nproc)
-    assert shlex.split(D.launch_line(nproc))[1:] == [{str(tmp_path/"config.json"): "CONFIG", str(tmp_path/"result.json"): "RESULT"}.get(a, a) for a in seen[0]]
 
-def test_on_slurm_core_starts_what_the_doctor_prints(big, monkeypatch):
+    def run(argv, **options):
+        seen.append(argv[1:])
+        core.write_json(tmp_path / "result.json", [{}])
+        return type("P", (), dict(returncode=0))
+
+    monkeypatch.setattr(launch.subprocess, "run", run)
+    launch.launch("tpro_nb.core:peak_mb", {}, tmp_path, nproc=nproc)
+    shown = {
+        str(tmp_path / "config.json"): "CONFIG",
+        str(tmp_path / "result.json"): "RESULT",
+    }
+    words = shlex.split(doctor.launch_line(nproc))
+    assert words[1:] == [shown.get(word, word) for word in seen[0]]
+
+
+def test_on_slurm_launch_starts_what_the_doctor_prints(big, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "4")
-    shown, own = shlex.split(D.launch_line(8, D.examine(big, FOLDER)["acc"])), core.starter(8, "params/h100x32/accelerate.yaml")
-    assert own[:own.index("-c")] == shown[:shown.index("-c")] and own[-1] == "tpro-nb"
-    inner = own[own.index("-c") + 1].replace(f"{sys.executable} -m accelerate.commands.launch", "accelerate launch").replace(f"{ROOT}/", "")
+    accelerate = doctor.examine(big, FOLDER).accelerate
+    shown = shlex.split(doctor.launch_line(8, accelerate))
+    own = launch.starter(8, "params/h100x32/accelerate.yaml")
+    script = own.index("-c") + 1
+    assert own[:script] == shown[: shown.index("-c") + 1]
+    assert own[-1] == "tpro-nb"
+    python = f"{sys.executable} -m accelerate.commands.launch"
+    inner = own[script].replace(python, "accelerate launch").replace(f"{ROOT}/", "")
     assert inner == shown[-1].replace("CONFIG RESULT", '"$@"')
-    with pytest.raises(UserError, match="no file params/nowhere.yaml"): core.starter(2, "params/nowhere.yaml")
+    with pytest.raises(UserError, match="no file params/nowhere.yaml"):
+        launch.starter(2, "params/nowhere.yaml")
+
 
 def test_the_profile_as_it_stands_is_not_refused():
-    assert D.examine(P.load_params(ROOT, "h100x32"), FOLDER)["problems"] == []
+    assert problems_of(stages.load_params(ROOT, "h100x32")) == []
 
-def test_host_memory_and_flash_attention_are_asked_for(big, monkeypatch):
-    n = 32_762_123_264
-    assert D.host_memory(n, D.trainings(big, 32)) == pytest.approx(n*(8*4 + 2)/1e9) and D.host_memory(n, D.trainings({s: p | (dict(rank=8) if "rank" in p else {}) for s, p in big.items()}, 32)) == 0
-    for there in (False, True):
-        monkeypatch.setattr(D, "find_spec", lambda name: object() if there else None)
-        assert any("flash-attn" in w for w in D.examine(big, FOLDER)["warnings"]) is not there
-    monkeypatch.setattr(D, "HOST_GB", 1000)
-    assert any("host memory" in p for p in D.examine(big, FOLDER)["problems"])
+
+def test_host_memory_by_hand(big):
+    adapters = {stage: own | dict(rank=8) if "rank" in own else own for stage, own in big.items()}
+    whole = doctor.host_memory(PARAMETERS, doctor.trainings(big, 32))
+    assert whole == pytest.approx(PARAMETERS * (8 * 4 + 2) / 1e9)
+    assert doctor.host_memory(PARAMETERS, doctor.trainings(adapters, 32)) == 0
+
+
+def test_a_host_that_is_too_small_is_refused(big, monkeypatch):
+    monkeypatch.setattr(doctor, "HOST_GB", 1000)
+    assert any("host memory" in problem for problem in problems_of(big))
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_flash_attention_is_asked_for(big, monkeypatch, installed):
+    monkeypatch.setattr(doctor, "find_spec", lambda name: object() if installed else None)
+    assert any("flash-attn" in note for note in warnings_of(big)) is not installed
+
 
 def test_an_empty_accelerate_is_said(big):
-    big["07_sft"]["accelerate"] = ""
-    assert any("07_sft" in w and "06_midtraining" not in w and "nothing is sharded" in w for w in D.examine(big, FOLDER)["warnings"])
+    notes = warnings_of(changed(big, "07_sft", accelerate=""))
+    (note,) = [note for note in notes if "nothing is sharded" in note]
+    assert "07_sft" in note
+    assert "06_midtraining" not in note
+
 
 @pytest.mark.parametrize("cards, machines", [(None, 4), (8, 1), (16, 2)])
 def test_accelerate_takes_the_launch_line(big, monkeypatch, cards, machines):
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
     monkeypatch.chdir(ROOT)
-    line = D.launch_line(8, D.examine(big, FOLDER, cards=cards)["acc"])
-    words = shlex.split(line.split("bash -c ")[1].strip("'").replace("$SLURM_NODEID", "0").replace("$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1)", "node0") if machines > 1 else line)
+    line = doctor.launch_line(8, doctor.examine(big, FOLDER, cards=cards).accelerate)
+    if machines > 1:
+        first_host = "$(scontrol show hostnames $SLURM_JOB_NODELIST | head -1)"
+        inner = line.split("bash -c ")[1].strip("'")
+        line = inner.replace("$SLURM_NODEID", "0").replace(first_host, "node0")
+    words = shlex.split(line)
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(words[2:]))
-    assert (args.num_processes, args.num_machines, int(args.parallelism_config_dp_shard_size), args.use_fsdp) == (8*machines, machines, 8*machines, True)
-    assert args.module and args.training_script == "tpro_nb.core" and args.training_script_args == ["CONFIG", "RESULT"]
+    assert args.num_processes == 8 * machines
+    assert args.num_machines == machines
+    assert int(args.parallelism_config_dp_shard_size) == 8 * machines
+    assert args.use_fsdp is True
+    assert args.module
+    assert args.training_script == "tpro_nb.launch"
+    assert args.training_script_args == ["CONFIG", "RESULT"]
+
+
+def value(choice):
+    "Of an enumeration, or what is already one."
+    return getattr(choice, "value", choice)
+
 
 def test_trl_configs_carry_the_stages_values(big):
-    got = D.trl_configs(big)
-    mid, dpo = got["06_midtraining"], got["09_dpo"]
-    assert (mid.learning_rate, mid.max_length, mid.packing, mid.adam_beta2, mid.max_grad_norm, mid.max_steps) == (1e-5, 32768, True, .95, 1.0, 9750)
-    assert mid.lr_scheduler_kwargs == dict(min_lr=1e-6) and got["07_sft"].max_steps == -1 and got["07_sft"].num_train_epochs == 2
-    assert (dpo.beta, dpo.learning_rate, dpo.max_length, dpo.loss_type, dpo.load_best_model_at_end) == (.5, 1e-7, 32768, ["sigmoid"], True)
-    assert got["07_sft"].pad_to_multiple_of == 64 and got["07_sft"].padding_free and str(getattr(mid.include_num_input_tokens_seen, "value", mid.include_num_input_tokens_seen)) == "all"
-    schedule = got["07_sft"].lr_scheduler_type
-    assert getattr(schedule, "value", schedule) == "cosine"
+    got = doctor.trl_configs(big)
+    midtraining, sft, dpo = got["06_midtraining"], got["07_sft"], got["09_dpo"]
+    assert midtraining.learning_rate == 1e-5
+    assert midtraining.max_length == 32768
+    assert midtraining.packing is True
+    assert midtraining.adam_beta2 == 0.95
+    assert midtraining.max_grad_norm == 1.0
+    assert midtraining.max_steps == 9750
+    assert midtraining.lr_scheduler_kwargs == dict(min_lr=1e-6)
+    assert str(value(midtraining.include_num_input_tokens_seen)) == "all"
+    assert sft.max_steps == -1
+    assert sft.num_train_epochs == 2
+    assert sft.pad_to_multiple_of == 64
+    assert sft.padding_free
+    assert value(sft.lr_scheduler_type) == "cosine"
+    assert dpo.beta == 0.5
+    assert dpo.learning_rate == 1e-7
+    assert dpo.max_length == 32768
+    assert dpo.loss_type == ["sigmoid"]
+    assert dpo.load_best_model_at_end is True
+
+
+@pytest.mark.parametrize("profile", ["smoke", "cpu", "h100", "h100x32"])
+def test_the_profiles_can_be_dealt(profile):
+    assert doctor.dealing(stages.load_params(ROOT, profile)["05g_data"]) == []
+
 
 def test_a_deal_that_cannot_be_is_refused(big):
-    assert all(D.dealing(P.load_params(ROOT, p)["05_data"]) == [] for p in ("smoke", "cpu", "h100", "h100x32"))
-    ask = lambda **kw: D.examine(big | {"05_data": big["05_data"] | kw}, FOLDER)["problems"]
-    assert ask(prompts_dpo=200_000) == ["05_data: dpo: 6667 rows asked, 4216 left. Raise entries or problems_per_family, or ask for fewer."]
-    assert "05_data: cups/train has only" in ask(problems_per_family=50_000)[0]
+    assert problems_of(changed(big, "05g_data", prompts_dpo=200_000)) == [
+        "05g_data: dpo: 6667 rows asked, 4216 left."
+        " Raise entries or problems_per_family, or ask for fewer."
+    ]
+    first, *_ = problems_of(changed(big, "05g_data", problems_per_family=50_000))
+    assert "05g_data: cups/train has only" in first
+
 
 def test_a_training_that_one_kill_would_lose_is_said(big):
-    late = lambda **kw: [w for w in D.examine(big | {"09_dpo": big["09_dpo"] | kw}, FOLDER)["warnings"] if "a kill loses all" in w]
-    assert late() == [] and late(eval_every=778) == ["09_dpo: a checkpoint every 778 steps of 778 is one at the end, so a kill loses all; lower eval_every."]
+    def late(params):
+        return [note for note in warnings_of(params) if "a kill loses all" in note]
+
+    assert late(big) == []
+    assert late(changed(big, "09_dpo", eval_every=778)) == [
+        "09_dpo: a checkpoint every 778 steps of 778 is one at the end, so a kill loses all;"
+        " lower eval_every."
+    ]
+
 
 def test_trackers_that_are_not_there_are_refused(big, monkeypatch):
-    asked = {s: p | (dict(report_to=n) if (n := {"06_midtraining": "trackio", "07_sft": "tensorbord", "09_dpo": "wandb"}.get(s)) else {}) for s, p in big.items()}
-    monkeypatch.setattr(D, "find_spec", lambda name: object() if name == "wandb" else None)
-    got = [p for p in D.examine(asked, ROOT/"params"/"h100x32")["problems"] if "report_to" in p]
-    assert len(got) == 2 and "06_midtraining: report_to is 'trackio'" in got[0] and "pip install trackio" in got[0] and "07_sft: report_to is 'tensorbord'; none" in got[1]
+    big["06_midtraining"]["report_to"] = "trackio"
+    big["07_sft"]["report_to"] = "tensorbord"
+    big["09_dpo"]["report_to"] = "wandb"
+    monkeypatch.setattr(doctor, "find_spec", lambda name: object() if name == "wandb" else None)
+    missing, unknown = [problem for problem in problems_of(big) if "report_to" in problem]
+    assert "06_midtraining: report_to is 'trackio'" in missing
+    assert "pip install trackio" in missing
+    assert "07_sft: report_to is 'tensorbord'; none" in unknown
 
-def test_a_stage_is_weighed_by_the_file_it_names(big):
-    named = lambda f: {s: p | (dict(accelerate=f"params/h100x32/{f}") if s == "07_sft" else {}) for s, p in big.items()}
-    row = lambda f: next(r for r in D.examine(named(f), ROOT/"params"/"h100x32")["fits"] if r["stage"] == "07_sft")
-    assert (row("accelerate.yaml")["parts"], row("accelerate_sequence.yaml")["parts"]) == (1, 4)
-    assert any("no_such.yaml" in p for p in D.examine(named("no_such.yaml"), ROOT/"params"/"h100x32")["problems"])
+
+def naming(params, file):
+    "The profile, with chapter 07 naming this accelerate file."
+    return changed(params, "07_sft", accelerate=f"params/h100x32/{file}")
+
+
+@pytest.mark.parametrize("file, parts", [("accelerate.yaml", 1), ("accelerate_sequence.yaml", 4)])
+def test_a_stage_is_weighed_by_the_file_it_names(big, file, parts):
+    assert fit_of(doctor.examine(naming(big, file), FOLDER), "07_sft").load.parts == parts
+
+
+def test_a_file_that_is_not_there_is_refused(big):
+    assert any("no_such.yaml" in problem for problem in problems_of(naming(big, "no_such.yaml")))
+
 
 def test_base_models_are_found_or_named():
-    assert D.count(D.config_of(str(toy("07_sft/model")))) < 10**6
-    assert D.count(D.config_of("smollm2")) == 134_515_008 and D.count(D.config_of("t-tech/T-pro-it-2.0")) == 32_762_123_264
-    with pytest.raises(UserError, match="config.json"): D.config_of("no/such/folder")
+    def parameters(base):
+        return doctor.count_parameters(doctor.base_config(base))
 
-def test_command_line(capsys, monkeypatch):
+    assert parameters(str(toy("07_sft/model"))) < 10**6
+    assert parameters("smollm2") == 134_515_008
+    assert parameters("t-tech/T-pro-it-2.0") == PARAMETERS
+    with pytest.raises(UserError, match="config.json"):
+        doctor.base_config("no/such/folder")
+
+
+@pytest.mark.parametrize(
+    "arguments, status",
+    [
+        (["doctor", "h100"], 0),
+        (["doctor", "h100x32", "--cards", "8"], 2),
+        (["doctor", "h100", "--card-gb", "10"], 2),
+    ],
+)
+def test_command_line(capsys, monkeypatch, arguments, status):
     monkeypatch.chdir(ROOT)
-    for argv, status in ((["doctor", "h100"], 0), (["doctor", "h100x32", "--cards", "8"], 2), (["doctor", "h100", "--card-gb", "10"], 2)):
-        with pytest.raises(SystemExit) as e: P.main(argv)
-        out = capsys.readouterr().out
-        assert e.value.code == status and ("REFUSED" in out) is bool(status) and "No GPU was used" in out
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    said = capsys.readouterr().out
+    assert left.value.code == status
+    assert ("REFUSED" in said) is bool(status)
+    assert "No GPU was used" in said

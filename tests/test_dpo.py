@@ -1,96 +1,235 @@
-"DPO: the loss against TRL's, modes, best against worst, the paper's table in the parameter file, and training that improves its pairs."
+"""DPO: the loss, modes, best against worst, the paper's table in the parameter file, and training
+that improves its pairs."""
+
 import math
-import pytest, torch, yaml
-from tpro_nb import core, dpo as D, pipeline as P
-from tpro_nb.midtraining import prompt_ids
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import yaml
 from conftest import ROOT
+from transformers import AutoTokenizer
+
+from tpro_nb import core
+from tpro_nb import dpo as D
+from tpro_nb.midtraining import prompt_ids
+
+SETTINGS = D.DPOSettings(
+    epochs=2.0,
+    batch=4,
+    accumulate=1,
+    max_length=128,
+    lr=3e-3,
+    warmup=0.0,
+    beta=0.5,
+    beta2=0.95,
+    eps=1e-12,
+    weight_decay=0.01,
+    clip=2.0,
+    rank=0,
+    dev_share=0.2,
+    eval_every=1,
+    patience=0,
+)
+
+
+def loss(chosen, rejected, **how):
+    "Of a policy whose reference has −3 and −7."
+    now = torch.tensor(chosen), torch.tensor(rejected)
+    return D.dpo_loss(*now, torch.tensor(-3.0), torch.tensor(-7.0), **how).item()
+
 
 def test_loss():
-    t = torch.tensor
-    assert D.dpo_loss(t(-3.), t(-7.), t(-3.), t(-7.)).item() == pytest.approx(math.log(2))
-    assert D.dpo_loss(t(-2.), t(-7.), t(-3.), t(-7.), beta=2.).item() == pytest.approx(math.log(1 + math.exp(-2)))
+    assert loss(-3.0, -7.0) == pytest.approx(math.log(2))
+    assert loss(-2.0, -7.0, beta=2.0) == pytest.approx(math.log(1 + math.exp(-2)))
+
 
 def test_modes_shares():
-    deck = [dict(id=i, answer="1" if i < 100 else None) for i in range(1000)]
-    cast = D.assign_modes(deck, .6, 4/90)
-    assert [r["id"] for r in cast] == list(range(1000))
-    assert sum(r["crossed"] for r in cast[:100]) == 60 and sum(r["crossed"] for r in cast[100:]) == 40
-    assert all((r["mode"] == "think") == ((r["answer"] is not None) != r["crossed"]) for r in cast)
+    deck = [dict(id=number, answer="1" if number < 100 else None) for number in range(1000)]
+    cast = D.assign_modes(deck, 0.6, 4 / 90)
+    assert [row["id"] for row in cast] == list(range(1000))
+    assert sum(row["crossed"] for row in cast[:100]) == 60
+    assert sum(row["crossed"] for row in cast[100:]) == 40
+    for row in cast:
+        reasoning = row["answer"] is not None
+        assert (row["mode"] == "think") == (reasoning != row["crossed"])
+
 
 def test_best_worst():
-    rows = [dict(id=i, mode="think", prompt="?", text=t, ids=[k], reward=r) for i, answers in enumerate([[("a", 1.), ("b", 3.), ("c", -2.)], [("a", 1.), ("a ", 2.)], [("a", 1.), ("b", 1.)]])
-            for k, (t, r) in enumerate(answers)]
-    (p,) = D.best_worst(rows)                          # equal texts and equal rewards give no pair
-    assert (p["id"], p["chosen"], p["rejected"], p["chosen_ids"], p["rejected_ids"], p["margin"]) == (0, "b", "c", [1], [2], 5.)
-    assert D.best_worst(rows, min_margin=5.) == []
+    rows = []
+    for prompt, answers in enumerate(
+        [
+            [("a", 1.0), ("b", 3.0), ("c", -2.0)],
+            [("a", 1.0), ("a ", 2.0)],
+            [("a", 1.0), ("b", 1.0)],
+        ]
+    ):
+        for number, (text, reward) in enumerate(answers):
+            row = dict(id=prompt, mode="think", prompt="?", text=text, ids=[number], reward=reward)
+            rows.append(row)
+    (pair,) = D.best_worst(rows)  # equal texts and equal rewards give no pair
+    assert pair["id"] == 0
+    assert (pair["chosen"], pair["rejected"]) == ("b", "c")
+    assert (pair["chosen_ids"], pair["rejected_ids"]) == ([1], [2])
+    assert pair["margin"] == 5.0
+    assert D.best_worst(rows, min_margin=5.0) == []
+
 
 def test_shares_outside_zero_and_one_are_refused():
-    with pytest.raises(core.UserError, match="cross_to_think: a share"): D.assign_modes([dict(id=0, answer=None)], .5, 4.4)
+    with pytest.raises(core.UserError, match="cross_to_think: a share"):
+        D.assign_modes([dict(id=0, answer=None)], 0.5, 4.4)
+
 
 def test_paper_table_15():
-    y = yaml.safe_load((ROOT/"params"/"h100x32"/"09_dpo.yaml").read_text(encoding="utf-8"))
-    assert (y["beta"], y["lr"], y["weight_decay"], y["warmup"], y["clip"], y["beta2"], y["eps"]) == (.5, 1e-7, .01, .05, 2., .95, 1e-12)
-    assert y["max_length"] == 32768 and y["epochs"] == 1 and y["n"] == 16 and y["batch"]*y["accumulate"]*32 == 128
-    assert y["cross_to_direct"] == pytest.approx(6/10) and y["cross_to_think"] == pytest.approx(4/90, abs=1e-3)
+    path = ROOT / "params" / "h100x32" / "09_dpo.yaml"
+    params = yaml.safe_load(path.read_text(encoding="utf-8"))
+    table = dict(
+        beta=0.5,
+        lr=1e-7,
+        weight_decay=0.01,
+        warmup=0.05,
+        clip=2.0,
+        beta2=0.95,
+        eps=1e-12,
+        max_length=32768,
+        epochs=1,
+        n=16,
+    )
+    assert {name: params[name] for name in table} == table
+    assert params["batch"] * params["accumulate"] * 32 == 128
+    assert params["cross_to_direct"] == pytest.approx(6 / 10)
+    assert params["cross_to_think"] == pytest.approx(4 / 90, abs=1e-3)
+
 
 def test_config_carries_the_table(tmp_path):
-    a = D.dpo_args(tmp_path, epochs=1., batch=1, accumulate=4, lr=1e-7, warmup=.05, beta=.5, betas=(.9, .95), eps=1e-12, weight_decay=.01, clip=2., max_length=32768, eval_every=10)
-    assert a.loss_type == ["sigmoid"] and a.beta == .5 and a.learning_rate == 1e-7 and a.max_length == 32768 and a.max_grad_norm == 2. and a.adam_epsilon == 1e-12
-    assert a.get_warmup_steps(1000) == 50 and str(getattr(a.lr_scheduler_type, "value", a.lr_scheduler_type)) == "cosine" and a.load_best_model_at_end
+    settings = replace(
+        SETTINGS,
+        epochs=1.0,
+        batch=1,
+        accumulate=4,
+        lr=1e-7,
+        warmup=0.05,
+        max_length=32768,
+        eval_every=10,
+    )
+    args = D.dpo_args(tmp_path, settings)
+    assert args.loss_type == ["sigmoid"]
+    assert args.beta == 0.5
+    assert args.learning_rate == 1e-7
+    assert args.max_length == 32768
+    assert args.max_grad_norm == 2.0
+    assert args.adam_epsilon == 1e-12
+    assert args.get_warmup_steps(1000) == 50
+    schedule = args.lr_scheduler_type
+    assert str(getattr(schedule, "value", schedule)) == "cosine"
+    assert args.load_best_model_at_end
+
 
 @pytest.fixture(scope="module")
 def sft(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sft")/"model"
+    path = tmp_path_factory.mktemp("sft") / "model"
     core.toy_model(path, hidden=32, layers=2)
     return path
 
-def pairs(tok, n=10):
-    enc = lambda s: tok.encode(s + "<|im_end|>", add_special_tokens=False)
-    return [dict(id=f"q{i}", mode=("think", "direct")[i % 2], prompt=f"Сколько будет {i} + 3?", chosen=f"Ответ: {i + 3}", rejected="Мороз и солнце", chosen_ids=enc(f"Ответ: {i + 3}"),
-                 rejected_ids=enc("Мороз и солнце")) for i in range(n)]
 
-CONFIG = dict(epochs=2., batch=4, accumulate=1, max_length=128, lr=3e-3, warmup=0., beta=.5, beta2=.95, eps=1e-12, weight_decay=.01, clip=2., dev_share=.2, eval_every=1, patience=0)
+def toy_pairs(tok, n=10):
+    rejected = "Мороз и солнце"
+    pairs = []
+    for number in range(n):
+        chosen = f"Ответ: {number + 3}"
+        pair = dict(
+            id=f"q{number}",
+            mode=("think", "direct")[number % 2],
+            prompt=f"Сколько будет {number} + 3?",
+            chosen=chosen,
+            rejected=rejected,
+            chosen_ids=tok.encode(chosen + "<|im_end|>", add_special_tokens=False),
+            rejected_ids=tok.encode(rejected + "<|im_end|>", add_special_tokens=False),
+        )
+        pairs.append(pair)
+    return pairs
 
-def logp(path, p):
-    model, tok = D.load_model(path, torch.float32)
-    out = []
-    for side in ("chosen_ids", "rejected_ids"):
-        head = prompt_ids(tok, [dict(role="user", content=p["prompt"])], p["mode"] == "think")
-        x = torch.tensor([head + p[side]])
-        with torch.no_grad(): lp = model(x).logits.log_softmax(-1)[0, len(head) - 1:-1].gather(-1, x[0, len(head):, None]).sum()
-        out.append(lp)
-    return out
+
+def inference_prompt(tok, pair):
+    return prompt_ids(tok, [dict(role="user", content=pair["prompt"])], pair["mode"] == "think")
+
+
+def train(sft, folder, pairs, settings):
+    core.write_jsonl(folder / "pairs.jsonl", pairs)
+    return D.train_dpo(
+        model_dir=str(sft),
+        pairs_path=str(folder / "pairs.jsonl"),
+        out=str(folder / "model"),
+        work=str(folder / "work"),
+        **asdict(settings),
+    )
+
+
+@torch.no_grad()
+def margin(folder, pairs):
+    "Log-probabilities of the chosen answers minus those of the rejected, summed over the pairs."
+    model, tok = D.load_model(folder, torch.float32)
+
+    def logp(prompt, answer):
+        ids = torch.tensor([prompt + answer])
+        rows = model(ids).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+        return rows.gather(-1, ids[0, len(prompt) :, None]).sum()
+
+    total = 0
+    for pair in pairs:
+        prompt = inference_prompt(tok, pair)
+        total += logp(prompt, pair["chosen_ids"]) - logp(prompt, pair["rejected_ids"])
+    return total
+
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_training_moves_the_pairs_apart(sft, tmp_path, rank):
-    from transformers import AutoTokenizer
-    tok = AutoTokenizer.from_pretrained(sft)
-    ps = pairs(tok)
-    core.write_jsonl(tmp_path/"pairs.jsonl", ps); core.write_json(sft/"new_rows.json", [5, 6])
-    got = D.train(str(sft), str(tmp_path/"pairs.jsonl"), str(tmp_path/"model"), str(tmp_path/"work"), rank=rank, **CONFIG)
-    assert got["log"][0]["loss"] == pytest.approx(math.log(2), abs=2e-3) and got["held"] == 2 and got["pairs"] == 8
-    assert min(e["eval_loss"] for e in got["evals"]) == pytest.approx(next(e["eval_loss"] for e in got["evals"] if e["step"] == got["best_step"]))
-    before, after = (sum((lambda w, l: w - l)(*logp(f, p)) for p in ps) for f in (sft, tmp_path/"model"))
-    assert after > before                                            # in the saved folder, not only in the trainer's log
-    assert core.read_json(tmp_path/"model"/"new_rows.json") == [5, 6]
-    assert "lora" not in str(list((tmp_path/"model").iterdir()))
+    pairs = toy_pairs(AutoTokenizer.from_pretrained(sft))
+    core.write_json(sft / "new_rows.json", [5, 6])
+    result = train(sft, tmp_path, pairs, replace(SETTINGS, rank=rank))
+    assert result["log"][0]["loss"] == pytest.approx(math.log(2), abs=2e-3)
+    assert result["held"] == 2
+    assert result["pairs"] == 8
+    looks = {look["step"]: look["eval_loss"] for look in result["evals"]}
+    assert min(looks.values()) == pytest.approx(looks[result["best_step"]])
+    # in the saved folder, not only in the trainer's log
+    assert margin(tmp_path / "model", pairs) > margin(sft, pairs)
+    assert core.read_json(tmp_path / "model" / "new_rows.json") == [5, 6]
+    assert "lora" not in str(list((tmp_path / "model").iterdir()))
+
 
 def test_dataset_keeps_sampled_tokens_and_drops_long_ones(sft):
     _, tok = D.load_model(sft)
-    ps = pairs(tok, 4)
-    d = D.dataset(tok, ps, 128)
-    assert [r["chosen_ids"] for r in d] == [p["chosen_ids"] for p in ps]
-    assert d[1]["prompt_ids"] == prompt_ids(tok, [dict(role="user", content=ps[1]["prompt"])], False) and tok.decode(d[1]["prompt_ids"]).endswith("</think>\n\n")
-    ps[0]["chosen_ids"] = ps[0]["chosen_ids"]*99
-    assert len(D.dataset(tok, ps, 128)) == 3
-    with pytest.raises(core.UserError, match="max_length"): D.dataset(tok, ps[:1], 128)
+    pairs = toy_pairs(tok, 4)
+    data = D.preference_dataset(tok, pairs, 128)
+    assert [row["chosen_ids"] for row in data] == [pair["chosen_ids"] for pair in pairs]
+    direct = pairs[1]
+    assert direct["mode"] == "direct"
+    assert data[1]["prompt_ids"] == inference_prompt(tok, direct)
+    assert tok.decode(data[1]["prompt_ids"]).endswith("</think>\n\n")
+    pairs[0]["chosen_ids"] = pairs[0]["chosen_ids"] * 99
+    assert len(D.preference_dataset(tok, pairs, 128)) == 3
+    with pytest.raises(core.UserError, match="max_length"):
+        D.preference_dataset(tok, pairs[:1], 128)
+
+
+def graded(marks):
+    "Answers in both modes, 1 for a right one."
+    rows = []
+    for problem, right in enumerate(marks):
+        for mode in ("think", "direct"):
+            rows.append(dict(id=problem, mode=mode, verdict="correct" if right else "wrong"))
+    return rows
+
 
 def test_paired_gain():
-    rows = lambda rights: [dict(id=i, mode=m, verdict="correct" if r else "wrong") for i, r in enumerate(rights) for m in ("think", "direct")]
-    g = D.paired_gain(rows([0, 0, 1, 1]), rows([1, 1, 1, 1]), mode="think")
-    assert (g["before"], g["after"], g["gain"], g["n"]) == (50, 100, 50, 4) and g["lo"] <= 50 <= g["hi"]
-    with pytest.raises(ValueError): D.paired_gain(rows([1]), rows([1, 0]))
+    gain = D.paired_gain(graded([0, 0, 1, 1]), graded([1, 1, 1, 1]), mode="think")
+    assert (gain.before, gain.after, gain.gain, gain.n) == (50, 100, 50, 4)
+    assert gain.lo <= 50 <= gain.hi
+    with pytest.raises(ValueError):
+        D.paired_gain(graded([1]), graded([1, 0]))
+
 
 def test_best_and_worst_pairs_with_equal_sides_stop_training(sft, tmp_path):
-    core.write_jsonl(tmp_path/"p.jsonl", [dict(id="q", chosen="да", rejected="да")])
-    with pytest.raises(core.UserError, match="equal sides"): D.train(str(sft), str(tmp_path/"p.jsonl"), str(tmp_path/"m"), str(tmp_path/"w"), rank=0, **CONFIG)
+    with pytest.raises(core.UserError, match="equal sides"):
+        train(sft, tmp_path, [dict(id="q", chosen="да", rejected="да")], SETTINGS)

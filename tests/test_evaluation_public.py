@@ -1,304 +1,789 @@
-"Public benchmarks: files that lie, endpoints that die, folders of two runs; lm-eval where it is installed."
-import json, threading
+"Public benchmarks: files that lie, endpoints that die, folders of two runs; lm-eval if installed."
+
+import json
+import sys
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-from tpro_nb import public_benchmarks as B
+
+from tpro_nb import public_benchmarks
+from tpro_nb.arena import arena_rates, judge_answers, read_arena_verdict
+from tpro_nb.benchmark_answers import AskSettings, ask_endpoint, ask_folder, claim_folder
+from tpro_nb.benchmark_files import (
+    CHOICE_LETTERS,
+    benchmark_prompts,
+    benchmark_registry,
+    load_arena,
+    load_benchmark,
+    load_mera,
+    model_registry,
+    paper_figure,
+)
+from tpro_nb.benchmark_scores import grade_letter, paired_against, rescore, submission
 from tpro_nb.core import UserError, read_json, read_jsonl, toy_model, write_jsonl
+from tpro_nb.evaluation import ScoreInterval
+from tpro_nb.grader import grade
+from tpro_nb.harness import lm_eval_task, reply_is_right, run_lm_eval
+from tpro_nb.public_benchmarks import public_benchmarks_command
+from tpro_nb.sft import read_reply
 
-SETS, MODELS = B.registry(), B.registry("models")
-MATH, GPQA = SETS["ruMATH-500"], SETS["ruGPQA"]
-ROWS = [dict(unique_id=f"p{i}", problem=f"Сколько будет {i} + 1?", answer=str(i + 1)) for i in range(6)]
-CHOICE = [{"Record ID": f"r{i}", "Question": f"Сколько будет {i} + 1?", "Correct Answer": str(i + 1), **{f"Incorrect Answer {j}": str(90 + j) for j in (1, 2, 3)}} for i in range(6)]
+SETS, MODELS = benchmark_registry(), model_registry()
+MATH, GPQA, MMLU = SETS["ruMATH-500"], SETS["ruGPQA"], SETS["ruMMLU-Pro"]
+TPRO = MODELS["T-pro-it-2.0"]
 
-def file(tmp_path, rows, name="set.jsonl"): write_jsonl(tmp_path/name, rows); return str(tmp_path/name)
-def math(tmp_path): return B.load_benchmark(MATH, file(tmp_path, ROWS), rows=6)
+
+def math_row(i: int) -> dict:
+    return dict(unique_id=f"p{i}", problem=f"Сколько будет {i} + 1?", answer=str(i + 1))
+
+
+def choice_row(i: int) -> dict:
+    row = {
+        "Record ID": f"r{i}",
+        "Question": f"Сколько будет {i} + 1?",
+        "Correct Answer": str(i + 1),
+    }
+    return row | {f"Incorrect Answer {place}": str(90 + place) for place in (1, 2, 3)}
+
+
+ROWS = [math_row(i) for i in range(6)]
+CHOICE = [choice_row(i) for i in range(6)]
+
+
+def file(tmp_path, rows, name="set.jsonl") -> str:
+    write_jsonl(tmp_path / name, rows)
+    return str(tmp_path / name)
+
+
+def math(tmp_path) -> list[dict]:
+    return load_benchmark(MATH, file(tmp_path, ROWS), rows=6)
+
 
 def test_the_registry_is_complete():
-    asked = "T-Math ruAIME-24 ruAIME-25 ruMATH-500 ruGPQA ruLCB ruMMLU-Pro MERA Arena-Hard-Ru AIME-24 AIME-25 MATH-500 GPQA LCB"
-    assert set(asked.split()) <= set(SETS)
-    for b in SETS.values():
-        assert b.source and b.licence and b.metric and b.prompt in B.prompts() and B.paper_figure(b, MODELS["T-pro-it-2.0"]) is not None, b.id
-    assert B.paper_figure(SETS["T-Math"], MODELS["T-pro-it-2.0"]) == .541 and B.paper_figure(SETS["GPQA"], MODELS["Qwen3-32B"]) == .668
-    assert B.paper_figure(SETS["T-Math"], MODELS["Qwen3-0.6B"]) is None and B.paper_figure(SETS["ruMMLU-Pro"], MODELS["DeepSeek-R1"]) is None
-    assert all(B.paper_figure(SETS["ruGPQA"], m) for m in MODELS.values() if m.paper)      # every name is found in its table
+    russian = "T-Math ruAIME-24 ruAIME-25 ruMATH-500 ruGPQA ruLCB ruMMLU-Pro MERA Arena-Hard-Ru"
+    english = "AIME-24 AIME-25 MATH-500 GPQA LCB"
+    assert {*russian.split(), *english.split()} <= set(SETS)
+    for benchmark in SETS.values():
+        assert benchmark.source, benchmark.id
+        assert benchmark.licence, benchmark.id
+        assert benchmark.metric, benchmark.id
+        assert benchmark.prompt in benchmark_prompts(), benchmark.id
+        assert paper_figure(benchmark, TPRO) is not None, benchmark.id
+    assert paper_figure(SETS["T-Math"], TPRO) == 0.541
+    assert paper_figure(SETS["GPQA"], MODELS["Qwen3-32B"]) == 0.668
+    assert paper_figure(SETS["T-Math"], MODELS["Qwen3-0.6B"]) is None
+    assert paper_figure(MMLU, MODELS["DeepSeek-R1"]) is None
+    for model in MODELS.values():  # every name is found in its table
+        assert not model.paper or paper_figure(GPQA, model)
+
 
 def test_a_registry_of_ones_own(tmp_path):
-    (tmp_path/"b.yaml").write_text("benchmarks:\n- {id: x, language: ru}\n")
-    with pytest.raises(UserError, match="x: "): B.registry(path=str(tmp_path/"b.yaml"))
+    (tmp_path / "b.yaml").write_text("benchmarks:\n- {id: x, language: ru}\n")
+    with pytest.raises(UserError, match="x: "):
+        benchmark_registry(path=str(tmp_path / "b.yaml"))
 
-@pytest.mark.parametrize("change,says", [
-    (lambda r: [*r, r[0]], "occurs twice"), (lambda r: r[:5], "5 rows, and ruMATH-500 has 6"), (lambda r: [{**r[0], "answer": ""}, *r[1:]], "row 0: answer missing or empty"),
-    (lambda r: [{**r[0], "unique_id": None}, *r[1:]], "unique_id missing"), (lambda r: [*r[:5], {**r[0], "unique_id": "z"}], "under two ids"), (lambda r: [dict(вопрос="?", ответ="1")], "The row has вопрос, ответ")])
-def test_files_that_lie_are_refused(tmp_path, change, says):
-    with pytest.raises(UserError, match=says): B.load_benchmark(MATH.model_copy(update=dict(rows=6)), file(tmp_path, change(ROWS)))
+
+LIES = {
+    "occurs twice": [*ROWS, ROWS[0]],
+    "5 rows, and ruMATH-500 has 6": ROWS[:5],
+    "row 0: answer missing or empty": [ROWS[0] | dict(answer=""), *ROWS[1:]],
+    "unique_id missing": [ROWS[0] | dict(unique_id=None), *ROWS[1:]],
+    "under two ids": [*ROWS[:5], ROWS[0] | dict(unique_id="z")],
+    "The row has вопрос, ответ": [dict(вопрос="?", ответ="1")],
+}
+
+
+@pytest.mark.parametrize("says,rows", LIES.items())
+def test_files_that_lie_are_refused(tmp_path, says, rows):
+    six = MATH.model_copy(update=dict(rows=6))
+    with pytest.raises(UserError, match=says):
+        load_benchmark(six, file(tmp_path, rows))
+
 
 def test_sets_that_cannot_be_graded_say_so(tmp_path):
-    with pytest.raises(UserError, match="LCB: needs a sandbox"): B.load_benchmark(SETS["LCB"], file(tmp_path, ROWS))
-    with pytest.raises(UserError, match="not the form of Arena-Hard"): B.load_benchmark(SETS["Arena-Hard-Ru"], file(tmp_path, ROWS))
+    with pytest.raises(UserError, match="LCB: needs a sandbox"):
+        load_benchmark(SETS["LCB"], file(tmp_path, ROWS))
+    with pytest.raises(UserError, match="not the form of Arena-Hard"):
+        load_benchmark(SETS["Arena-Hard-Ru"], file(tmp_path, ROWS))
     for name in ("ruMATH-500", "MERA", "Arena-Hard-Ru"):
-        with pytest.raises(UserError, match="no questions"): B.load_benchmark(SETS[name], file(tmp_path, []), rows=0)
-    for bad in (dict(inputs={}), dict(meta=dict(id=None)), dict(meta=dict(id=" ")), dict(instruction=""), dict(inputs=None)):
-        with pytest.raises(UserError, match="not MERA's form"): B.load_mera(file(tmp_path, [dict(instruction="{text}", inputs=dict(text="?"), meta=dict(id=1)) | bad]))
-    for bad in (dict(uid=None), dict(uid=""), dict(prompt=None), dict(prompt="  ")):
-        with pytest.raises(UserError, match="not the form of Arena-Hard"): B.load_arena(file(tmp_path, [dict(uid="a", prompt="?") | bad]))
+        with pytest.raises(UserError, match="no questions"):
+            load_benchmark(SETS[name], file(tmp_path, []), rows=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(inputs={}),
+        dict(meta=dict(id=None)),
+        dict(meta=dict(id=" ")),
+        dict(instruction=""),
+        dict(inputs=None),
+    ],
+)
+def test_a_row_that_is_not_mera_is_refused(tmp_path, change):
+    row = dict(instruction="{text}", inputs=dict(text="?"), meta=dict(id=1))
+    with pytest.raises(UserError, match="not MERA's form"):
+        load_mera(file(tmp_path, [row | change]))
+
+
+@pytest.mark.parametrize(
+    "change", [dict(uid=None), dict(uid=""), dict(prompt=None), dict(prompt="  ")]
+)
+def test_a_row_that_is_not_arena_hard_is_refused(tmp_path, change):
+    with pytest.raises(UserError, match="not the form of Arena-Hard"):
+        load_arena(file(tmp_path, [dict(uid="a", prompt="?") | change]))
+
 
 def test_options_are_shuffled_the_same_way_each_time(tmp_path):
-    a, b = (B.load_benchmark(GPQA, file(tmp_path, CHOICE), rows=6) for _ in range(2))
-    assert a == b and len({p["verifiable_answer"] for p in a}) > 1
-    assert [p["options"][B.LETTERS.index(p["verifiable_answer"])] for p in a] == [r["Correct Answer"] for r in CHOICE]
-    pro = [dict(question_id=1, question="?", options=["да", "нет"], answer="B")]
-    assert B.load_benchmark(SETS["ruMMLU-Pro"], file(tmp_path, pro))[0]["verifiable_answer"] == "B"
-    with pytest.raises(UserError, match="none of the 2 options"): B.load_benchmark(SETS["ruMMLU-Pro"], file(tmp_path, [{**pro[0], "answer": "C"}]))
+    problems = load_benchmark(GPQA, file(tmp_path, CHOICE), rows=6)
+    assert load_benchmark(GPQA, file(tmp_path, CHOICE), rows=6) == problems
+    assert len({problem["verifiable_answer"] for problem in problems}) > 1
+    for problem, row in zip(problems, CHOICE):
+        place = CHOICE_LETTERS.index(problem["verifiable_answer"])
+        assert problem["options"][place] == row["Correct Answer"]
+    listed = dict(question_id=1, question="?", options=["да", "нет"], answer="B")
+    (problem,) = load_benchmark(MMLU, file(tmp_path, [listed]))
+    assert problem["verifiable_answer"] == "B"
+    with pytest.raises(UserError, match="none of the 2 options"):
+        load_benchmark(MMLU, file(tmp_path, [listed | dict(answer="C")]))
+
 
 class Fake:
     "An endpoint with a script: `say(body, n)` gives (status, text, finish_reason)."
-    def __init__(self, say): self.say, self.asked = say, []
+
+    def __init__(self, say):
+        self.say = say
+        self.asked = []
+
+    def completion(self, body: dict) -> tuple[int, bytes]:
+        self.asked.append(body)
+        status, text, why = self.say(body, len(self.asked))
+        message = dict(role="assistant", content=text)
+        choice = dict(index=0, message=message, finish_reason=why)
+        answer = dict(choices=[choice], usage=dict(completion_tokens=3))
+        return status, json.dumps(answer).encode()
+
     def __enter__(self):
         fake = self
+
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"]))); fake.asked.append(body)
-                status, text, why = fake.say(body, len(fake.asked))
-                data = json.dumps(dict(choices=[dict(index=0, message=dict(role="assistant", content=text), finish_reason=why)], usage=dict(completion_tokens=3))).encode()
-                self.send_response(status); self.send_header("Content-Length", str(len(data))); self.end_headers(); self.wfile.write(data)
-            def log_message(self, *a): pass
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler); threading.Thread(target=self.server.serve_forever, daemon=True).start()
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                status, data = fake.completion(body)
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.name = f"http://127.0.0.1:{self.server.server_port}/v1 toy"
         return self
-    def __exit__(self, *a): self.server.shutdown(); self.server.server_close()
 
-FAST = dict(per_s=1e4, timeout_s=5, retries=1, wait_s=.01, workers=1)
-def right(body): return str(int(body["messages"][0]["content"].split("будет ")[1].split(" +")[0]) + 1)
-def good(body, n): return 200, f"<think>раз {body['seed']}</think>\\boxed{{{right(body)}}}", "stop"
+    def __exit__(self, *args):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+FAST = dict(per_s=1e4, timeout_s=5, retries=1, wait_s=0.01, workers=1)
+
+
+def asked_text(body: dict) -> str:
+    return body["messages"][0]["content"]
+
+
+def right(body: dict) -> str:
+    "The answer to «Сколько будет i + 1?»."
+    number = asked_text(body).split("будет ")[1].split(" +")[0]
+    return str(int(number) + 1)
+
+
+def good(body, n):
+    return 200, f"<think>раз {body['seed']}</think>\\boxed{{{right(body)}}}", "stop"
+
+
+def always_two(body, n):
+    return 200, "\\boxed{2}", "stop"
+
+
+def ask_math(tmp_path, folder: str, endpoint: str, **settings) -> dict:
+    how = AskSettings(**settings)
+    return ask_endpoint(MATH, math(tmp_path), tmp_path / folder, endpoint, how, **FAST)
+
+
+def score_math(tmp_path, folder: str, k: int = 0) -> tuple[dict, list[dict]]:
+    return rescore(MATH, math(tmp_path), tmp_path / folder, k=k)
+
 
 def test_asks_with_distinct_seeds_keeps_raw_answers_and_scores_offline(tmp_path):
-    with Fake(good) as f:
-        said = B.ask_endpoint(MATH, math(tmp_path), tmp_path/"run", f.name, k=2, seed=7, mode="direct", **FAST)
+    with Fake(good) as fake:
+        said = ask_math(tmp_path, "run", fake.name, samples=2, seed=7, mode="direct")
         assert said == dict(asked=12, answered=12, why={}, distinct_pct=100)
-        assert [b["seed"] for b in f.asked] == [7]*6 + [8]*6 and not f.asked[0]["chat_template_kwargs"]["enable_thinking"]
-        B.ask_endpoint(MATH, math(tmp_path), tmp_path/"run", f.name, k=3, seed=7, mode="direct", **FAST)
-        assert len(f.asked) == 18                                  # a third pass asks for itself alone
-    raw = read_jsonl(tmp_path/"run"/"answers.jsonl")
-    assert len(raw) == 18 and raw[0][1]["usage"] == dict(completion_tokens=3)
-    line, rows = B.rescore(MATH, math(tmp_path), tmp_path/"run")
-    assert (line["avg_at_k"], line["k"], line["answers"]) == (1, 3, 18) and {r["tokens"] for r in rows} == {3}
+        assert [body["seed"] for body in fake.asked] == [7] * 6 + [8] * 6
+        assert not fake.asked[0]["chat_template_kwargs"]["enable_thinking"]
+        ask_math(tmp_path, "run", fake.name, samples=3, seed=7, mode="direct")
+        assert len(fake.asked) == 18  # a third pass asks for itself alone
+    raw = read_jsonl(tmp_path / "run" / "answers.jsonl")
+    assert len(raw) == 18
+    _, answer = raw[0]
+    assert answer["usage"] == dict(completion_tokens=3)
+    line, rows = score_math(tmp_path, "run")
+    assert line["avg_at_k"] == 1
+    assert line["k"] == 3
+    assert line["answers"] == 18
+    assert {row["tokens"] for row in rows} == {3}
+
 
 def test_killed_in_the_middle_continues(tmp_path):
-    with Fake(good) as f:
-        B.ask_endpoint(MATH, math(tmp_path), tmp_path/"a", f.name, k=2, **FAST)
-        (tmp_path/"b").mkdir(); (tmp_path/"b"/"run.json").write_bytes((tmp_path/"a"/"run.json").read_bytes())
-        data = (tmp_path/"a"/"answers.jsonl").read_bytes()
-        cut = data[:len(data)//2]; (tmp_path/"b"/"answers.jsonl").write_bytes(cut)          # half a line at the end
-        before = len(f.asked)
-        B.ask_endpoint(MATH, math(tmp_path), tmp_path/"b", f.name, k=2, **FAST)
-        assert len(f.asked) - before == 12 - cut.count(b"\n") < 12
-    assert (tmp_path/"a"/"samples.jsonl").read_bytes() == (tmp_path/"b"/"samples.jsonl").read_bytes()
+    whole, killed = tmp_path / "a", tmp_path / "b"
+    with Fake(good) as fake:
+        ask_math(tmp_path, "a", fake.name, samples=2)
+        killed.mkdir()
+        (killed / "run.json").write_bytes((whole / "run.json").read_bytes())
+        data = (whole / "answers.jsonl").read_bytes()
+        cut = data[: len(data) // 2]
+        (killed / "answers.jsonl").write_bytes(cut)  # half a line at the end
+        before = len(fake.asked)
+        ask_math(tmp_path, "b", fake.name, samples=2)
+        assert len(fake.asked) - before == 12 - cut.count(b"\n") < 12
+    assert (whole / "samples.jsonl").read_bytes() == (killed / "samples.jsonl").read_bytes()
+
 
 def test_an_endpoint_that_fails_half_way_is_not_averaged(tmp_path):
-    def dies(body, n): return (503, "", "stop") if body["seed"] == 1 and "5 +" in body["messages"][0]["content"] else good(body, n)
-    with Fake(dies) as f:
-        said = B.ask_endpoint(MATH, math(tmp_path), tmp_path/"run", f.name, k=2, **FAST)
-        assert said["answered"] == 11 and said["why"] == {"HTTP 503": 1}
-        with pytest.raises(UserError, match="11 of 12"): B.rescore(MATH, math(tmp_path), tmp_path/"run")
-        assert B.rescore(MATH, math(tmp_path), tmp_path/"run", k=1)[0]["answers"] == 6      # the first pass is whole
-        f.say, before = good, len(f.asked)
-        assert B.ask_endpoint(MATH, math(tmp_path), tmp_path/"run", f.name, k=2, **FAST)["answered"] == 12 and len(f.asked) == before + 1
-    assert B.rescore(MATH, math(tmp_path), tmp_path/"run")[0]["avg_at_k"] == 1
+    def dies(body, n):
+        if body["seed"] == 1 and "5 +" in asked_text(body):
+            return 503, "", "stop"
+        return good(body, n)
+
+    with Fake(dies) as fake:
+        said = ask_math(tmp_path, "run", fake.name, samples=2)
+        assert said["answered"] == 11
+        assert said["why"] == {"HTTP 503": 1}
+        with pytest.raises(UserError, match="11 of 12"):
+            score_math(tmp_path, "run")
+        first_pass, _ = score_math(tmp_path, "run", k=1)
+        assert first_pass["answers"] == 6  # the first pass is whole
+        fake.say = good
+        before = len(fake.asked)
+        assert ask_math(tmp_path, "run", fake.name, samples=2)["answered"] == 12
+        assert len(fake.asked) == before + 1
+    line, _ = score_math(tmp_path, "run")
+    assert line["avg_at_k"] == 1
+
+
+ENDS = [  # text, finish_reason, verdict
+    ("<think>а</think>\\boxed{1}", "stop", "correct"),
+    ("\\boxed{99}", "stop", "wrong"),
+    ("", "stop", "unparsed"),
+    ("<think>без конца \\boxed{4}", "length", "truncated"),
+    ("не знаю", "stop", "unparsed"),
+    ("", "length", "truncated"),
+]
+
 
 def test_four_ends_stay_apart_and_a_deaf_seed_is_seen(tmp_path):
-    ends = [("<think>а</think>\\boxed{1}", "stop"), ("\\boxed{99}", "stop"), ("", "stop"), ("<think>без конца \\boxed{4}", "length"), ("не знаю", "stop"), ("", "length")]
-    with Fake(lambda body, n: (200, *ends[int(right(body)) - 1])) as f: said = B.ask_endpoint(MATH, math(tmp_path), tmp_path/"run", f.name, k=2, **FAST)
-    line, rows = B.rescore(MATH, math(tmp_path), tmp_path/"run")
-    assert [r["verdict"] for r in rows][:6] == ["correct", "wrong", "unparsed", "truncated", "unparsed", "truncated"]
-    assert line["empty_pct"] == pytest.approx(100/3) and said["distinct_pct"] == 0
+    def in_turn(body, n):
+        text, why, _ = ENDS[int(right(body)) - 1]
+        return 200, text, why
+
+    with Fake(in_turn) as fake:
+        said = ask_math(tmp_path, "run", fake.name, samples=2)
+    line, rows = score_math(tmp_path, "run")
+    assert [row["verdict"] for row in rows][:6] == [verdict for _, _, verdict in ENDS]
+    assert line["empty_pct"] == pytest.approx(100 / 3)
+    assert said["distinct_pct"] == 0
+
 
 def test_nonsense_is_no_answer(tmp_path):
-    with Fake(lambda body, n: (200, "\\boxed{1}", None)) as f: said = B.ask_endpoint(MATH, math(tmp_path)[:2], tmp_path/"run", f.name, k=1, **FAST)
-    assert said["answered"] == 0 and all("finish_reason" in w for w in said["why"])
+    def endless(body, n):
+        return 200, "\\boxed{1}", None
+
+    with Fake(endless) as fake:
+        problems, settings = math(tmp_path)[:2], AskSettings(samples=1)
+        said = ask_endpoint(MATH, problems, tmp_path / "run", fake.name, settings, **FAST)
+    assert said["answered"] == 0
+    assert all("finish_reason" in why for why in said["why"])
+
 
 def test_a_thought_that_never_closes_is_truncated_even_where_the_template_opened_it():
-    r = B.read_reply(dict(choices=[dict(message=dict(content="дальше \\boxed{4}"), finish_reason="length")]), opens=True)
-    from tpro_nb.tmath import grade
-    assert grade(r["response"], "4", r["finished"]) == "truncated"
-    with pytest.raises(UserError, match="no direct mode"): B.ask_endpoint(MATH, [], "nowhere", "http://x m", MODELS["DeepSeek-R1"], mode="direct")
+    choice = dict(message=dict(content="дальше \\boxed{4}"), finish_reason="length")
+    reply = read_reply(dict(choices=[choice]), opens=True)
+    assert grade(reply["response"], "4", reply["finished"]) == "truncated"
+    with pytest.raises(UserError, match="no direct mode"):
+        direct = AskSettings(mode="direct")
+        ask_endpoint(MATH, [], "nowhere", "http://x m", direct, MODELS["DeepSeek-R1"])
 
-def test_two_runs_never_share_a_folder(tmp_path):
-    ps = math(tmp_path)
-    with Fake(good) as f:
-        go = lambda ps=ps, name=f.name, **kw: B.ask_endpoint(MATH, ps, tmp_path/"run", name, **(dict(k=1) | FAST | kw))
+
+def test_two_runs_are_never_asked_into_one_folder(tmp_path):
+    problems = math(tmp_path)
+    with Fake(good) as fake:
+
+        def go(problems=problems, name=fake.name, **settings):
+            how = AskSettings(samples=1, **settings)
+            return ask_endpoint(MATH, problems, tmp_path / "run", name, how, **FAST)
+
         go()
-        for kw, says in ((dict(temperature=.1), "temperature"), (dict(mode="direct"), "mode"), (dict(seed=5), "seed"), (dict(name=f.name.replace("toy", "other")), "other now"), (dict(name=f.name.replace("/v1", "/v2")), "/v2 now")):
-            with pytest.raises(UserError, match=says): go(**kw)
-        with pytest.raises(UserError, match="has changed"): go([{**ps[0], "verifiable_answer": "7"}, *ps[1:]])
-    with pytest.raises(UserError, match="other questions"): B.rescore(MATH, [{**ps[0], "question": "другой"}, *ps[1:]], tmp_path/"run")
-    rows = read_jsonl(tmp_path/"run"/"samples.jsonl")
-    write_jsonl(tmp_path/"run"/"samples.jsonl", [*rows[:5], {**rows[5], "key": "другой"}])
-    with pytest.raises(UserError, match="mixes 2 runs"): B.rescore(MATH, ps, tmp_path/"run")
-    write_jsonl(tmp_path/"run"/"samples.jsonl", [*rows, rows[0]])
-    with pytest.raises(UserError, match="there twice"): B.rescore(MATH, ps, tmp_path/"run")
-    write_jsonl(tmp_path/"run"/"samples.jsonl", [*rows[:5], {**rows[5], "problem_id": "чужой"}])
-    with pytest.raises(UserError, match="which was not asked"): B.rescore(MATH, ps, tmp_path/"run")
-    write_jsonl(tmp_path/"run"/"samples.jsonl", [dict(x=1)])
-    with pytest.raises(UserError, match="row 0: not a sample"): B.rescore(MATH, ps, tmp_path/"run")
-    (tmp_path/"run"/"run.json").unlink()
-    with pytest.raises(UserError, match="nobody knows"): B.claim_folder(tmp_path/"run", dict(questions="x"))
+        other_model = fake.name.replace("toy", "other")
+        other_server = fake.name.replace("/v1", "/v2")
+        for change, says in (
+            (dict(temperature=0.1), "temperature"),
+            (dict(mode="direct"), "mode"),
+            (dict(seed=5), "seed"),
+            (dict(name=other_model), "other now"),
+            (dict(name=other_server), "/v2 now"),
+        ):
+            with pytest.raises(UserError, match=says):
+                go(**change)
+        with pytest.raises(UserError, match="has changed"):
+            go([problems[0] | dict(verifiable_answer="7"), *problems[1:]])
+
+
+def test_what_cannot_be_averaged_is_refused(tmp_path):
+    problems = math(tmp_path)
+    with Fake(good) as fake:
+        ask_math(tmp_path, "run", fake.name, samples=1)
+    with pytest.raises(UserError, match="other questions"):
+        other = [problems[0] | dict(question="другой"), *problems[1:]]
+        rescore(MATH, other, tmp_path / "run")
+    log = tmp_path / "run" / "samples.jsonl"
+    rows = read_jsonl(log)
+    for wrong, says in (
+        ([*rows[:5], rows[5] | dict(key="другой")], "mixes 2 runs"),
+        ([*rows, rows[0]], "there twice"),
+        ([*rows[:5], rows[5] | dict(problem_id="чужой")], "which was not asked"),
+        ([dict(x=1)], "row 0: not a sample"),
+    ):
+        write_jsonl(log, wrong)
+        with pytest.raises(UserError, match=says):
+            rescore(MATH, problems, tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(UserError, match="nobody knows"):
+        claim_folder(tmp_path / "run", dict(questions="x"))
+
 
 def test_what_a_filter_swallowed_is_an_empty_answer_and_does_not_block_the_score(tmp_path):
-    with Fake(lambda body, n: (200, None, "content_filter") if right(body) == "3" else good(body, n)) as f: B.ask_endpoint(MATH, math(tmp_path), tmp_path/"run", f.name, k=1, **FAST)
-    line, _ = B.rescore(MATH, math(tmp_path), tmp_path/"run")
-    assert (line["correct_pct"], line["unparsed_pct"], line["empty_pct"]) == pytest.approx((500/6, 100/6, 100/6))
+    def swallows_three(body, n):
+        return (200, None, "content_filter") if right(body) == "3" else good(body, n)
+
+    with Fake(swallows_three) as fake:
+        ask_math(tmp_path, "run", fake.name, samples=1)
+    line, _ = score_math(tmp_path, "run")
+    assert line["correct_pct"] == pytest.approx(500 / 6)
+    assert line["unparsed_pct"] == pytest.approx(100 / 6)
+    assert line["empty_pct"] == pytest.approx(100 / 6)
+
 
 def test_two_runs_are_paired_by_problem(tmp_path):
-    with Fake(good) as f, Fake(lambda body, n: (200, "\\boxed{2}", "stop")) as g:
-        B.ask_endpoint(MATH, math(tmp_path), tmp_path/"a", f.name, k=1, **FAST); B.ask_endpoint(MATH, math(tmp_path), tmp_path/"b", g.name, k=1, **FAST)
-    d = B.against(MATH, math(tmp_path), tmp_path/"a", tmp_path/"b")
-    assert d["diff"] == pytest.approx(500/6) and d["n"] == 6 and d["lo"] < d["diff"] and d["p"] < .1 and d["mdd"] > 0
-    same = B.against(MATH, math(tmp_path), tmp_path/"a", tmp_path/"a")
-    assert (same["diff"], same["p"], same["mdd"]) == (0, 1, None)
+    with Fake(good) as fake, Fake(always_two) as poor:
+        ask_math(tmp_path, "a", fake.name, samples=1)
+        ask_math(tmp_path, "b", poor.name, samples=1)
+    test = paired_against(MATH, math(tmp_path), tmp_path / "a", tmp_path / "b")
+    assert test.diff == pytest.approx(500 / 6)
+    assert test.n == 6
+    assert test.lo < test.diff
+    assert test.p < 0.1
+    assert test.mdd > 0
+    same = paired_against(MATH, math(tmp_path), tmp_path / "a", tmp_path / "a")
+    assert (same.diff, same.p, same.mdd) == (0, 1, None)
 
-MERA_ROWS = [dict(instruction="Сколько будет {n} + 1? Ответь числом.", inputs=dict(n=str(i)), outputs="", meta=dict(id=i + 10)) for i in range(3)]
+
+def mera_row(i: int, outputs: str = "") -> dict:
+    return dict(
+        instruction="Сколько будет {n} + 1? Ответь числом.",
+        inputs=dict(n=str(i)),
+        outputs=outputs,
+        meta=dict(id=i + 10),
+    )
+
 
 def test_mera_closed_answers_become_its_submission_and_open_ones_a_score(tmp_path, capsys):
-    with Fake(lambda body, n: (200, f"<think>так</think>{right(body)}", "stop")) as f:
-        assert B.main(["MERA", file(tmp_path, MERA_ROWS, "BPS.jsonl"), str(tmp_path/"run"), "--endpoint", f.name, "--workers", "1"]) == 0
-        assert read_json(tmp_path/"run"/"BPS.json") == dict(data=dict(test=[dict(outputs=str(i + 1), meta=dict(id=i + 10)) for i in range(3)]))
-        B.main(["MERA", file(tmp_path, [r | dict(outputs=str(i + 1 - (i == 2))) for i, r in enumerate(MERA_ROWS)], "open.jsonl"), str(tmp_path/"open"), "--endpoint", f.name])
-    assert "avg@1 0.667" in capsys.readouterr().out
-    ps = B.load_mera(str(tmp_path/"BPS.jsonl"))
-    with pytest.raises(UserError, match="closed"): B.rescore(SETS["MERA"], ps, tmp_path/"run")
-    rows = read_jsonl(tmp_path/"run"/"samples.jsonl"); write_jsonl(tmp_path/"run"/"samples.jsonl", rows[:2])
-    with pytest.raises(UserError, match="1 of 3 questions have no answer"): B.submission(ps, tmp_path/"run", "BPS")
+    def bare(body, n):
+        return 200, f"<think>так</think>{right(body)}", "stop"
 
-ARENA = [dict(question_id=f"q{i}", turns=[dict(content=f"Сколько будет {i} + 1? Объясни.")]) for i in range(5)]
+    run = tmp_path / "run"
+    closed = file(tmp_path, [mera_row(i) for i in range(3)], "BPS.jsonl")
+    key = [mera_row(0, "1"), mera_row(1, "2"), mera_row(2, "2")]  # 2 + 1 is not 2
+    open_split = file(tmp_path, key, "open.jsonl")
+    with Fake(bare) as fake:
+        args = ["MERA", closed, str(run), "--endpoint", fake.name, "--workers", "1"]
+        assert public_benchmarks_command(args) == 0
+        expected = [dict(outputs=str(i + 1), meta=dict(id=i + 10)) for i in range(3)]
+        assert read_json(run / "BPS.json") == dict(data=dict(test=expected))
+        out = str(tmp_path / "open")
+        public_benchmarks_command(["MERA", open_split, out, "--endpoint", fake.name])
+    assert "avg@1 0.667" in capsys.readouterr().out
+    problems = load_mera(closed)
+    with pytest.raises(UserError, match="closed"):
+        rescore(SETS["MERA"], problems, run)
+    rows = read_jsonl(run / "samples.jsonl")
+    write_jsonl(run / "samples.jsonl", rows[:2])
+    with pytest.raises(UserError, match="1 of 3 questions have no answer"):
+        submission(problems, run, "BPS")
+
+
+def arena_row(i: int) -> dict:
+    return dict(question_id=f"q{i}", turns=[dict(content=f"Сколько будет {i} + 1? Объясни.")])
+
+
+def baseline_row(i: int) -> dict:
+    return dict(uid=f"q{i}", answer="<think>тайна</think>не знаю")
+
+
+class FairJudge:
+    "Prefers «Подробно» wherever it stands; breaks at the seventh question while `broken`."
+
+    broken = True
+
+    def __call__(self, body, n):
+        text = asked_text(body)
+        assert "<think>" not in text
+        assert body["temperature"] == 0
+        if n == 7 and self.broken:
+            return 500, "", "stop"
+        first = text.index("Подробно") < text.index("не знаю")
+        return 200, "Думаю: " + ("[[A>>B]]" if first else "[[B>>A]]"), "stop"
+
 
 def test_a_judge_is_asked_in_both_orders_and_only_for_what_is_missing(tmp_path, capsys):
-    theirs = file(tmp_path, [dict(uid=f"q{i}", answer="<think>тайна</think>не знаю") for i in range(5)], "base.jsonl")
-    def fair(body, n):
-        text = body["messages"][0]["content"]; assert "<think>" not in text and body["temperature"] == 0
-        return (500, "", "stop") if n == 7 and broken else (200, "Думаю: " + ("[[A>>B]]" if text.index("Подробно") < text.index("не знаю") else "[[B>>A]]"), "stop")
-    with Fake(lambda body, n: (200, "<think>ход</think>Подробно: столько-то", "stop")) as f, Fake(fair) as g:
-        args = ["Arena-Hard-Ru", file(tmp_path, ARENA, "arena.jsonl"), str(tmp_path/"run"), "--rows", "5", "--endpoint", f.name, "--workers", "1"]
-        with pytest.raises(UserError, match="is judged"): B.main(args)
-        broken, ps, net = True, B.load_arena(str(tmp_path/"arena.jsonl")), FAST | dict(retries=0)
-        with pytest.raises(UserError, match="1 of 10 judgements are missing"): B.judge(ps, tmp_path/"run", theirs, g.name, **net)
-        broken = False
-        assert B.main([*args, "--baseline", theirs, "--judge", g.name]) == 0 and len(g.asked) == 11 and len(f.asked) == 5
-        got = read_json(tmp_path/"run"/"score.json")
-        assert got["win_pct"] == 100 and got["win_pct_lo"] < 60 and got["first_place_pct"] == 50 and "wins 100.0 %" in capsys.readouterr().out
+    def in_detail(body, n):
+        return 200, "<think>ход</think>Подробно: столько-то", "stop"
+
+    theirs = file(tmp_path, [baseline_row(i) for i in range(5)], "base.jsonl")
+    questions = file(tmp_path, [arena_row(i) for i in range(5)], "arena.jsonl")
+    run, fair, once = tmp_path / "run", FairJudge(), FAST | dict(retries=0)
+    with Fake(in_detail) as fake, Fake(fair) as judge:
+        args = ["Arena-Hard-Ru", questions, str(run), "--rows", "5"]
+        args += ["--endpoint", fake.name, "--workers", "1"]
+        with pytest.raises(UserError, match="is judged"):
+            public_benchmarks_command(args)
+        problems = load_arena(questions)
+        with pytest.raises(UserError, match="1 of 10 judgements are missing"):
+            judge_answers(problems, run, theirs, judge.name, **once)
+        fair.broken = False
+        args += ["--baseline", theirs, "--judge", judge.name]
+        assert public_benchmarks_command(args) == 0
+        assert len(judge.asked) == 11
+        assert len(fake.asked) == 5
+        rates = read_json(run / "score.json")
+        assert rates["win_pct"] == 100
+        assert rates["win_pct_lo"] < 60
+        assert rates["first_place_pct"] == 50
+        assert "wins 100.0 %" in capsys.readouterr().out
         lost = file(tmp_path, [dict(uid="q0", answer="да")], "lost.jsonl")
-        with pytest.raises(UserError, match="no answer to 4 questions"): B.judge(ps, tmp_path/"run", lost, g.name, **net)
+        with pytest.raises(UserError, match="no answer to 4 questions"):
+            judge_answers(problems, run, lost, judge.name, **once)
+
 
 @pytest.mark.parametrize("said", ["", "A", "[[A>C]]", "[[A>B]] [[B>A]]", "<think>[[A>B]]"])
 def test_a_judge_that_does_not_decide_gives_no_verdict(said):
-    with pytest.raises(ValueError, match="no single verdict"): B.read_judgement(dict(choices=[dict(message=dict(content=said), finish_reason="stop")]))
+    choice = dict(message=dict(content=said), finish_reason="stop")
+    with pytest.raises(ValueError, match="no single verdict"):
+        read_arena_verdict(dict(choices=[choice]))
 
-@pytest.mark.parametrize("said,verdict", [("Ответ: вариант B", "correct"), ("Ответ: В", "correct"), ("\\boxed{(B)}", "correct"), ("\\boxed{B) 17}", "correct"), ("Ответ: B.", "correct"), ("Ответ: A", "wrong"), ("Ответ: E", "unparsed"), ("Ответ: A, B", "unparsed"), ("Ответ: Большой", "unparsed"), ("Думаю, B", "unparsed")])
-def test_letters(said, verdict): assert B.grade_letter(said, "B", 4) == verdict
+
+@pytest.mark.parametrize(
+    "said,verdict",
+    [
+        ("Ответ: вариант B", "correct"),
+        ("Ответ: В", "correct"),
+        ("\\boxed{(B)}", "correct"),
+        ("\\boxed{B) 17}", "correct"),
+        ("Ответ: B.", "correct"),
+        ("Ответ: A", "wrong"),
+        ("Ответ: E", "unparsed"),
+        ("Ответ: A, B", "unparsed"),
+        ("Ответ: Большой", "unparsed"),
+        ("Думаю, B", "unparsed"),
+    ],
+)
+def test_letters(said, verdict):
+    assert grade_letter(said, "B", 4) == verdict
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    "The embedded server on a toy; it has a draft, so plain decoding is asked by the name `toy-plain`."
-    pytest.importorskip("fastapi"); pytest.importorskip("uvicorn")
-    from tpro_nb import server as S
-    from tpro_nb.eagle_draft import random_draft
-    d = tmp_path_factory.mktemp("served")
-    toy_model(d/"target", tie_word_embeddings=False, initializer_range=.2); random_draft(d/"draft", d/"target", hot=list(range(40, 45)))
-    with S.serving(S.Service(d/"target", d/"draft", name="toy", tree=(2, 2, 4), dtype="float32", context=256, slots=2, queue=16)) as url: yield f"{url}/v1"
+    "The embedded server on a toy; it has a draft, so `toy-plain` asks for plain decoding."
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    from tpro_nb.chat_service import Service, ServiceSettings
+    from tpro_nb.draft_model import random_draft
+    from tpro_nb.server import serving
+
+    folder = tmp_path_factory.mktemp("served")
+    toy_model(folder / "target", tie_word_embeddings=False, initializer_range=0.2)
+    random_draft(folder / "draft", folder / "target", hot=list(range(40, 45)))
+    settings = ServiceSettings(
+        folder / "target",
+        folder / "draft",
+        name="toy",
+        tree=(2, 2, 4),
+        dtype="float32",
+        context=256,
+        slots=2,
+        queue=16,
+    )
+    with serving(Service(settings)) as url:
+        yield f"{url}/v1"
+
 
 def test_the_embedded_server_answers_and_speculation_changes_no_score(served, tmp_path):
-    lines = []
+    greedy = AskSettings(mode="direct", samples=1, temperature=0, max_tokens=12, top_p=1)
+    patient = FAST | dict(timeout_s=60)
+    problems = math(tmp_path)
+    texts = []
     for name in ("toy", "toy-plain"):
-        said = B.ask_endpoint(MATH, math(tmp_path), tmp_path/name, f"{served} {name}", mode="direct", k=1, temperature=0, max_tokens=12, top_p=1, **FAST | dict(timeout_s=60))
+        out = tmp_path / name
+        said = ask_endpoint(MATH, problems, out, f"{served} {name}", greedy, **patient)
         assert said["answered"] == 6, said
-        lines.append([r["response"] for r in read_jsonl(tmp_path/name/"samples.jsonl")])
-        assert B.rescore(MATH, math(tmp_path), tmp_path/name)[0]["answers"] == 6
-    assert lines[0] == lines[1] and any(lines[0])
+        texts.append([row["response"] for row in read_jsonl(out / "samples.jsonl")])
+        line, _ = rescore(MATH, problems, out)
+        assert line["answers"] == 6
+    speculative, plain = texts
+    assert speculative == plain
+    assert any(speculative)
+
 
 def test_a_folder_in_process(tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(B, "launch", lambda target, cfg, work: seen.update(cfg, target=target))
-    toy = tmp_path/"m"; toy_model(toy, hidden=16, layers=1)
-    B.ask_folder(MATH, math(tmp_path), tmp_path/"run", str(toy), "toy", k=2, max_tokens=4)
-    assert seen["target"] == "tpro_nb.evaluation:sample" and seen["k"] == 2 and len(read_jsonl(seen["problems"])) == 6
+
+    def launched(target, config, work):
+        seen.update(config, target=target)
+
+    monkeypatch.setattr("tpro_nb.benchmark_answers.launch", launched)
+    toy = tmp_path / "m"
+    settings = AskSettings(samples=2, max_tokens=4)
+    toy_model(toy, hidden=16, layers=1)
+    ask_folder(MATH, math(tmp_path), tmp_path / "run", str(toy), "toy", settings)
+    assert seen["target"] == "tpro_nb.evaluation:sample_answers"
+    assert seen["k"] == 2
+    assert len(read_jsonl(seen["problems"])) == 6
     toy_model(toy, hidden=16, layers=1, seed=1)
-    with pytest.raises(UserError, match="weights"): B.ask_folder(MATH, math(tmp_path), tmp_path/"run", str(toy), "toy", k=2, max_tokens=4)
+    with pytest.raises(UserError, match="weights"):
+        ask_folder(MATH, math(tmp_path), tmp_path / "run", str(toy), "toy", settings)
+
+
+def math_command(tmp_path, folder: str, *more: str) -> int:
+    "The command on the six questions, into a folder."
+    questions = file(tmp_path, ROWS)
+    out = str(tmp_path / folder)
+    return public_benchmarks_command(["ruMATH-500", questions, out, "--rows", "6", *more])
+
 
 def test_command_line(tmp_path, capsys):
-    assert B.main(["--list"]) == 0 and "t-tech/T-math" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--list"): B.main([])
-    with Fake(good) as f: assert B.main(["ruMATH-500", file(tmp_path, ROWS), str(tmp_path/"run"), "--rows", "6", "--endpoint", f.name, "--model", "T-pro-it-2.0", "--workers", "2"]) == 0
-    assert "avg@1 1.000" in (out := capsys.readouterr().out) and "paper 0.94" in out and read_json(tmp_path/"run"/"score.json")["k"] == 1
-    with pytest.raises(UserError, match="not registered"): B.main(["ruX", "f", "o"])
+    assert public_benchmarks_command(["--list"]) == 0
+    assert "t-tech/T-math" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--list"):
+        public_benchmarks_command([])
+    with Fake(good) as fake:
+        more = ["--endpoint", fake.name, "--model", "T-pro-it-2.0", "--workers", "2"]
+        assert math_command(tmp_path, "run", *more) == 0
+    printed = capsys.readouterr().out
+    assert "avg@1 1.000" in printed
+    assert "paper 0.94" in printed
+    assert read_json(tmp_path / "run" / "score.json")["k"] == 1
+    with pytest.raises(UserError, match="not registered"):
+        public_benchmarks_command(["ruX", "f", "o"])
 
-def test_command_line_pairs_two_runs_and_takes_a_folder(tmp_path, capsys, monkeypatch):
-    rows = file(tmp_path, ROWS)
-    with Fake(good) as f, Fake(lambda body, n: (200, "\\boxed{2}", "stop")) as g:
-        assert B.main(["ruMATH-500", rows, str(tmp_path/"a"), "--rows", "6", "--endpoint", g.name, "--workers", "1"]) == 0
-        assert B.main(["ruMATH-500", rows, str(tmp_path/"b"), "--rows", "6", "--endpoint", f.name, "--workers", "1", "--against", str(tmp_path/"a")]) == 0
-    assert "+83.3 points" in capsys.readouterr().out and read_json(tmp_path/"b"/"against.json")["other"] == str(tmp_path/"a")
+
+def test_command_line_pairs_two_runs_and_protects_a_score(tmp_path, capsys):
+    first = tmp_path / "a"
+    with Fake(good) as fake, Fake(always_two) as poor:
+        assert math_command(tmp_path, "a", "--endpoint", poor.name, "--workers", "1") == 0
+        more = ["--endpoint", fake.name, "--workers", "1", "--against", str(first)]
+        assert math_command(tmp_path, "b", *more) == 0
+    assert "+83.3 points" in capsys.readouterr().out
+    assert read_json(tmp_path / "b" / "against.json")["other"] == str(first)
+    before = read_json(first / "score.json")
+    with pytest.raises(UserError, match="holds another run"):
+        math_command(tmp_path, "a", "--path", "models/nano", "--lm-eval", "generate")
+    assert read_json(first / "score.json") == before
+    assert not list(first.glob("*.yaml"))
+
+
+def test_command_line_takes_a_folder(tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(B, "ask_folder", lambda b, problems, out, path, name, **how: seen.update(path=path, name=name)); monkeypatch.setattr(B, "finish", lambda *a: None)
-    assert B.main(["ruMATH-500", rows, str(tmp_path/"c"), "--rows", "6", "--path", "models/nano"]) == 0 and seen == dict(path="models/nano", name="nano")
-    with pytest.raises(UserError, match="--endpoint"): B.main(["ruMATH-500", rows, str(tmp_path/"d"), "--rows", "6"])
-    with pytest.raises(UserError, match="--path"): B.main(["ruMATH-500", rows, str(tmp_path/"d"), "--rows", "6", "--endpoint", "http://127.0.0.1:9/v1 m", "--lm-eval", "choice"])
-    monkeypatch.setattr(B, "lm_eval", lambda tasks, folder, model: {tasks[0]: dict(acc=(.5, .1, .9))})
-    assert B.main(["ruGPQA", file(tmp_path, CHOICE, "choice.jsonl"), str(tmp_path/"e"), "--rows", str(len(CHOICE)), "--path", "models/nano", "--lm-eval", "choice"]) == 0
-    assert "acc 0.500 [0.100, 0.900]" in capsys.readouterr().out and read_json(tmp_path/"e"/"score.json") == dict(acc=[.5, .1, .9])
-    before = read_json(tmp_path/"a"/"score.json")
-    with pytest.raises(UserError, match="holds another run"): B.main(["ruMATH-500", rows, str(tmp_path/"a"), "--rows", "6", "--path", "models/nano", "--lm-eval", "generate"])
-    assert read_json(tmp_path/"a"/"score.json") == before and not list((tmp_path/"a").glob("*.yaml"))
 
-def test_arena_needs_both_orders_and_takes_length_out():
+    def asked(benchmark, problems, out, path, name, settings):
+        seen.update(path=path, name=name)
+
+    monkeypatch.setattr(public_benchmarks, "ask_folder", asked)
+    monkeypatch.setattr(public_benchmarks, "finish_run", lambda *args: None)
+    assert math_command(tmp_path, "c", "--path", "models/nano") == 0
+    assert seen == dict(path="models/nano", name="nano")
+    with pytest.raises(UserError, match="--endpoint"):
+        math_command(tmp_path, "d")
+    with pytest.raises(UserError, match="--path"):
+        endpoint = "http://127.0.0.1:9/v1 m"
+        math_command(tmp_path, "d", "--endpoint", endpoint, "--lm-eval", "choice")
+
+
+def test_command_line_runs_lm_eval(tmp_path, capsys, monkeypatch):
+    def evaluated(tasks, folder, model):
+        return {tasks[0]: dict(acc=ScoreInterval(0.5, 0.1, 0.9))}
+
+    monkeypatch.setattr(public_benchmarks, "run_lm_eval", evaluated)
+    out = tmp_path / "e"
+    args = ["ruGPQA", file(tmp_path, CHOICE, "choice.jsonl"), str(out), "--rows", str(len(CHOICE))]
+    args += ["--path", "models/nano", "--lm-eval", "choice"]
+    assert public_benchmarks_command(args) == 0
+    assert "acc 0.500 [0.100, 0.900]" in capsys.readouterr().out
+    assert read_json(out / "score.json") == dict(acc=[0.5, 0.1, 0.9])
+
+
+LENGTHS = np.random.default_rng(3).integers(-200, 500, 150).tolist()
+
+
+def judged_by(judge) -> list[dict]:
+    "Judgements `judge(order, longer)` of 150 prompts in both orders."
+    rows = []
+    for (prompt, longer), order in product(enumerate(LENGTHS), ("model_first", "baseline_first")):
+        row = dict(prompt_id=str(prompt), order=order, verdict=judge(order, longer))
+        rows.append(row | dict(model_chars=900 + longer, baseline_chars=900))
+    return rows
+
+
+def first_wins(order: str, longer: int) -> str:
+    return "A>B"
+
+
+def test_arena_takes_length_out():
     rng = np.random.default_rng(3)
-    d = rng.integers(-200, 500, 150).tolist()
-    def rows(judge): return [dict(prompt_id=str(i), order=o, verdict=judge(o, x), model_chars=900 + x, baseline_chars=900) for i, x in enumerate(d) for o in ("model_first", "baseline_first")]
-    long = B.arena(rows(lambda o, x: "A>B" if (rng.random() < 1/(1 + np.exp(-x/80))) == (o == "model_first") else "B>A"), resamples=60)
-    better = B.arena(rows(lambda o, x: "A>>B" if (rng.random() < .8) == (o == "model_first") else "B>A"), resamples=60)
-    assert long["win_pct_lo"] > 55 and long["lc_win_pct_lo"] < 50 < long["lc_win_pct_hi"] and better["lc_win_pct_lo"] > 70
-    assert B.arena(rows(lambda o, x: "A=B"), resamples=5)["win_pct"] == 50 and B.arena(rows(lambda o, x: "A>B" if o == "model_first" else "B>A"), resamples=5)["win_pct_lo"] < 100
-    with pytest.raises(UserError, match="lack one"): B.arena(rows(lambda o, x: "A>B")[:-1])
-    with pytest.raises(UserError, match="twice"): B.arena(rows(lambda o, x: "A>B")*2)
-    with pytest.raises(UserError, match="none of"): B.arena(rows(lambda o, x: "оба хороши"))
+    rng.integers(-200, 500, 150)  # the draws go on after those of the lengths
+
+    def likes_length(order, longer):
+        model_wins = rng.random() < 1 / (1 + np.exp(-longer / 80))
+        return "A>B" if model_wins == (order == "model_first") else "B>A"
+
+    def likes_the_model(order, longer):
+        model_wins = rng.random() < 0.8
+        return "A>>B" if model_wins == (order == "model_first") else "B>A"
+
+    long = arena_rates(judged_by(likes_length), resamples=60)
+    better = arena_rates(judged_by(likes_the_model), resamples=60)
+    assert long["win_pct_lo"] > 55
+    assert long["lc_win_pct_lo"] < 50 < long["lc_win_pct_hi"]
+    assert better["lc_win_pct_lo"] > 70
+
+
+def test_arena_of_ties_and_of_a_model_that_always_wins():
+    def ties(order, longer):
+        return "A=B"
+
+    def model_wins(order, longer):
+        return "A>B" if order == "model_first" else "B>A"
+
+    assert arena_rates(judged_by(ties), resamples=5)["win_pct"] == 50
+    assert arena_rates(judged_by(model_wins), resamples=5)["win_pct_lo"] < 100
+
+
+def test_arena_needs_both_orders():
+    def likes_both(order, longer):
+        return "оба хороши"
+
+    rows = judged_by(first_wins)
+    with pytest.raises(UserError, match="lack one"):
+        arena_rates(rows[:-1])
+    with pytest.raises(UserError, match="twice"):
+        arena_rates(rows * 2)
+    with pytest.raises(UserError, match="none of"):
+        arena_rates(judged_by(likes_both))
+
 
 def test_lm_eval_is_asked_for_politely(tmp_path):
-    try: import lm_eval
+    try:
+        import lm_eval  # noqa: F401  only whether it is installed
     except ImportError:
-        with pytest.raises(UserError, match="eval"): B.lm_eval(["x"], str(tmp_path), "m")
+        with pytest.raises(UserError, match="eval"):
+            run_lm_eval(["x"], str(tmp_path), "m")
+
 
 @pytest.mark.parametrize("gpu,device,dtype", [(True, "cuda", "auto"), (False, "cpu", "float32")])
 def test_lm_eval_goes_where_the_card_is(monkeypatch, tmp_path, gpu, device, dtype):
-    import sys, torch
-    from types import SimpleNamespace
+    import torch
+
     seen = {}
-    def evaluate(**kw): seen.update(kw); return dict(samples=dict(x=[dict(metrics=["acc"], acc=1., doc={}), dict(metrics=["acc"], acc=0., doc={})]))
-    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=evaluate)); monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=lambda **kw: None))
+
+    def evaluate(**arguments):
+        seen.update(arguments)
+        rows = [dict(metrics=["acc"], acc=acc, doc={}) for acc in (1.0, 0.0)]
+        return dict(samples=dict(x=rows))
+
+    def task_manager(**arguments):
+        return None
+
+    package = SimpleNamespace(simple_evaluate=evaluate)
+    monkeypatch.setitem(sys.modules, "lm_eval", package)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=task_manager))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert B.lm_eval(["x"], str(tmp_path), "models/nano")["x"]["acc"][0] == .5
-    assert (seen["device"], seen["model_args"]) == (device, dict(pretrained="models/nano", dtype=dtype))
+    scores = run_lm_eval(["x"], str(tmp_path), "models/nano")
+    assert scores["x"]["acc"].mean == 0.5
+    assert seen["device"] == device
+    assert seen["model_args"] == dict(pretrained="models/nano", dtype=dtype)
 
-def test_lm_eval_by_likelihood_and_over_the_server(served, tmp_path, monkeypatch):
+
+@pytest.fixture
+def offline_lm_eval(monkeypatch, tmp_path):
     pytest.importorskip("lm_eval")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1"); monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path/"cache"))
-    ps = B.load_benchmark(GPQA, file(tmp_path, CHOICE), rows=6)
-    toy_model(tmp_path/"m")
-    choice = B.lm_eval_task(GPQA, ps, tmp_path/"tasks")
-    got = B.lm_eval([choice], tmp_path/"tasks", str(tmp_path/"m"), limit=4)[choice]
-    assert set(got) == {"acc", "acc_norm"} and all(lo <= m <= hi for m, lo, hi in got.values())
-    ask = B.lm_eval_task(GPQA, ps, tmp_path/"tasks", "generate", max_tokens=12)
-    assert set(B.lm_eval([ask], tmp_path/"tasks", f"{served} toy", limit=2)[ask]) == {"correct"}
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
-def test_a_free_answer_is_graded_as_everywhere(tmp_path):
-    "exact_match of a whole reply is 0 for every model; a right box, a right number spelt otherwise, and a wrong thought before a right answer count."
-    row = lambda said, answer, options=(), family="math": dict(doc=dict(verifiable_answer=answer, options=list(options), family=family), resps=[[said]])
-    assert B.graded(row("<think>\\boxed{A}?</think>Шаги. \\boxed{B}", "B", "1234")) and not B.graded(row("\\boxed{C}", "B", "1234")) and not B.graded(row("<think>\\boxed{B}", "B", "1234"))
-    assert B.graded(row("Ответ: 0,5", "\\frac{1}{2}")) and B.graded(row("да.", "Да", family="MERA"))
 
-def test_lm_eval_scores_a_right_answer_as_right(tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1"); monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path/"cache"))
-    for b, ps in ((GPQA, B.load_benchmark(GPQA, file(tmp_path, CHOICE), rows=6)), (MATH, math(tmp_path))):
-        key = {p["question"]: p["verifiable_answer"] for p in ps}; ask = B.lm_eval_task(b, ps, tmp_path/"tasks", "generate", max_tokens=12)
-        for wrong in (0, 6):
-            def say(body, n): return 200, f"<think>Сперва \\boxed{{Z}}.</think>Шаги.\n\\boxed{{{'Z' if n <= wrong else key[body['messages'][-1]['content'].strip()]}}}", "stop"
-            with Fake(say) as f: assert B.lm_eval([ask], tmp_path/"tasks", f.name)[ask]["correct"][0] == (not wrong)
+def test_lm_eval_by_likelihood_and_over_the_server(offline_lm_eval, served, tmp_path):
+    problems = load_benchmark(GPQA, file(tmp_path, CHOICE), rows=6)
+    tasks, model = tmp_path / "tasks", tmp_path / "m"
+    toy_model(model)
+    choice = lm_eval_task(GPQA, problems, tasks)
+    scores = run_lm_eval([choice], tasks, str(model), limit=4)[choice]
+    assert set(scores) == {"acc", "acc_norm"}
+    for score in scores.values():
+        assert score.low <= score.mean <= score.high
+    generate = lm_eval_task(GPQA, problems, tasks, "generate", max_tokens=12)
+    scores = run_lm_eval([generate], tasks, f"{served} toy", limit=2)[generate]
+    assert set(scores) == {"correct"}
+
+
+def kept_reply(said: str, answer: str, options=(), family="math") -> dict:
+    "One of lm-eval's samples."
+    problem = dict(verifiable_answer=answer, options=list(options), family=family)
+    return dict(doc=problem, resps=[[said]])
+
+
+def test_a_free_answer_is_graded_as_everywhere():
+    """exact_match of a whole reply is 0 for every model; a right box, a right number spelt
+    otherwise, and a wrong thought before a right answer count."""
+    second_thought = "<think>\\boxed{A}?</think>Шаги. \\boxed{B}"
+    assert reply_is_right(kept_reply(second_thought, "B", "1234"))
+    assert not reply_is_right(kept_reply("\\boxed{C}", "B", "1234"))
+    assert not reply_is_right(kept_reply("<think>\\boxed{B}", "B", "1234"))
+    assert reply_is_right(kept_reply("Ответ: 0,5", "\\frac{1}{2}"))
+    assert reply_is_right(kept_reply("да.", "Да", family="MERA"))
+
+
+class AnswersAfter:
+    "Wrong for the first `wrong` questions, then right; a wrong box stands in its thoughts."
+
+    def __init__(self, problems: list[dict], wrong: int):
+        self.key = {problem["question"]: problem["verifiable_answer"] for problem in problems}
+        self.wrong = wrong
+
+    def __call__(self, body, n):
+        question = body["messages"][-1]["content"].strip()
+        answer = "Z" if n <= self.wrong else self.key[question]
+        text = f"<think>Сперва \\boxed{{Z}}.</think>Шаги.\n\\boxed{{{answer}}}"
+        return 200, text, "stop"
+
+
+def test_lm_eval_scores_a_right_answer_as_right(offline_lm_eval, tmp_path):
+    choices = load_benchmark(GPQA, file(tmp_path, CHOICE), rows=6)
+    sets = ((GPQA, choices), (MATH, math(tmp_path)))
+    for (benchmark, problems), wrong in product(sets, (0, 6)):
+        task = lm_eval_task(benchmark, problems, tmp_path / "tasks", "generate", max_tokens=12)
+        with Fake(AnswersAfter(problems, wrong)) as fake:
+            scores = run_lm_eval([task], tmp_path / "tasks", fake.name)[task]
+        assert scores["correct"].mean == (not wrong)

@@ -1,325 +1,641 @@
-"The embedded server over real sockets: answers equal the decoder's own, bad requests get their status, nobody is lost."
-import asyncio, json, os, socket, subprocess, sys, threading, time
-import httpx, openai, psutil, pytest, torch
-from tpro_nb import server as S
+"""The embedded server over real sockets: answers equal the decoder's own, bad requests get their
+status, nobody is lost."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
 from collections import Counter
-from tpro_nb.core import UserError, toy_model
-from tpro_nb.eagle_draft import random_draft, render
+from contextlib import contextmanager
+
+import httpx
+import openai
+import psutil
+import pytest
+import torch
 from transformers import AutoTokenizer
 
+from tpro_nb import scheduler, server
+from tpro_nb.chat_service import Limits, Message, Service, ServiceSettings
+from tpro_nb.core import UserError, toy_model
+from tpro_nb.decoder import Decoder
+from tpro_nb.draft_model import random_draft
+from tpro_nb.scheduler import Job, TextRequest
+from tpro_nb.server import listen, serve_command, serving
+from tpro_nb.serving_cost import crowd, overhead
+from tpro_nb.target_text import render
+
 SHAPE = (3, 2, 5)
+SUM = "Сколько будет 12 + 30?"
+HEAD = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+)
+JSON_TYPE = {"content-type": "application/json"}
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    n = torch.get_num_threads(); torch.set_num_threads(1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(n)
+    torch.set_num_threads(threads)
 
-def talkative(d):
-    "A toy that does not repeat one token, and an untrained draft over the few tokens it says most, so that some guesses are right."
-    toy_model(d/"target", tie_word_embeddings=False, initializer_range=.2)
-    dec = S.Decoder(d/"target", dtype="float32", context=256)
-    tok = AutoTokenizer.from_pretrained(d/"target")
-    said = Counter(t for p in ("Сколько будет 12 + 30?", "Привет") for t in dec.generate(render(tok, p, "direct"), 60))
-    random_draft(d/"draft", d/"target", hot=[t for t, _ in said.most_common(5)])
-    return d/"target", d/"draft"
+
+def talkative(folder):
+    """A toy that does not repeat one token, and an untrained draft over the few tokens it says
+    most, so that some guesses are right."""
+    target = folder / "target"
+    toy_model(target, tie_word_embeddings=False, initializer_range=0.2)
+    dec = Decoder(target, dtype="float32", context=256)
+    tok = AutoTokenizer.from_pretrained(target)
+    said = Counter()
+    for prompt in (SUM, "Привет"):
+        said.update(dec.generate(render(tok, prompt, "direct"), 60))
+    most_common = [token for token, _ in said.most_common(5)]
+    random_draft(folder / "draft", target, hot=most_common)
+    return target, folder / "draft"
+
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory): return talkative(tmp_path_factory.mktemp("server"))
+def folders(tmp_path_factory):
+    return talkative(tmp_path_factory.mktemp("server"))
 
-def service(folders, **kw): return S.Service(*folders, **(dict(name="toy", tree=SHAPE, dtype="float32", context=256, slots=3, queue=64) | kw))
+
+def service(folders, **changes):
+    target, draft = folders
+    usual = dict(name="toy", tree=SHAPE, dtype="float32", context=256, slots=3, queue=64)
+    return Service(ServiceSettings(target, draft, **(usual | changes)))
+
 
 @pytest.fixture(scope="module")
-def svc(folders): return service(folders)
+def svc(folders):
+    return service(folders)
+
 
 @pytest.fixture(scope="module")
 def url(svc):
-    with S.serving(svc) as u: yield u
+    with serving(svc) as address:
+        yield address
 
-def body(text="Сколько будет 12 + 30?", **kw):
-    return dict(model="toy", messages=[dict(role="user", content=text)], max_tokens=16, temperature=0, chat_template_kwargs=dict(enable_thinking=False)) | kw
-def post(url, b, **kw): return httpx.post(f"{url}/v1/chat/completions", json=b, timeout=60, **kw)
-def direct(svc, text="Сколько будет 12 + 30?", new=16, thinking=False, **kw):
-    "What the decoder says when it is called without a server. Twins share scratch memory, so the server's one must have finished."
+
+def body(text=SUM, **changes):
+    usual = dict(
+        model="toy",
+        messages=[dict(role="user", content=text)],
+        max_tokens=16,
+        temperature=0,
+        chat_template_kwargs=dict(enable_thinking=False),
+    )
+    return usual | changes
+
+
+def post(url, request, **options):
+    return httpx.post(f"{url}/v1/chat/completions", json=request, timeout=60, **options)
+
+
+def direct(svc, text=SUM, new=16, thinking=False, **how):
+    """What the decoder says when it is called without a server. Twins share scratch memory, so the
+    server's one must have finished."""
     wait_idle(svc)
-    with torch.inference_mode(): ids = S.twin(svc.dec).generate(svc.ids([S.Message(role="user", content=text)], thinking), new, eos=svc.sched.eos, **kw)
-    return svc.tok.decode(ids, skip_special_tokens=True)
-def answer(r): assert r.status_code == 200, r.text; return r.json()["choices"][0]["message"]["content"]
+    prompt = svc.ids([Message(role="user", content=text)], thinking)
+    with torch.inference_mode():
+        tokens = scheduler.twin(svc.dec).generate(prompt, new, eos=svc.sched.eos, **how)
+    return svc.tok.decode(tokens, skip_special_tokens=True)
+
+
+def answer(response):
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def wait_until(true, seconds):
+    "Look every 10 ms; the last look's answer."
+    for _ in range(round(seconds * 100)):
+        if true():
+            return True
+        time.sleep(0.01)
+    return true()
+
+
 def wait_idle(svc):
-    for _ in range(500):
-        if not svc.sched.busy and not svc.sched.waiting: return
-        time.sleep(.01)
-    raise AssertionError("requests are left")
+    idle = wait_until(lambda: not svc.sched.busy and not svc.sched.waiting, 5)
+    assert idle, "requests are left"
+
+
+@contextmanager
+def slow_turns(svc, seconds):
+    "Every turn of the scheduler takes so much longer."
+    usual = svc.sched.turn
+
+    def slow_turn():
+        time.sleep(seconds)
+        usual()
+
+    svc.sched.turn = slow_turn
+    try:
+        yield
+    finally:
+        svc.sched.turn = usual
+
 
 @pytest.mark.parametrize("name, tree", [("toy", SHAPE), ("toy-plain", None)])
-@pytest.mark.parametrize("kw", [{}, dict(temperature=.8, top_p=.9, seed=5), dict(temperature=2.0, top_k=2, seed=5)], ids=["greedy", "sampled", "top_k"])
-def test_text_is_the_decoders_own(svc, url, name, tree, kw):
-    assert answer(post(url, body(model=name, **kw))) == direct(svc, tree=tree, **kw)
+@pytest.mark.parametrize(
+    "how",
+    [{}, dict(temperature=0.8, top_p=0.9, seed=5), dict(temperature=2.0, top_k=2, seed=5)],
+    ids=["greedy", "sampled", "top_k"],
+)
+def test_text_is_the_decoders_own(svc, url, name, tree, how):
+    assert answer(post(url, body(model=name, **how))) == direct(svc, tree=tree, **how)
+
 
 def test_top_k_and_null_reach_the_decoder(svc, url):
     hot = dict(temperature=2.0, seed=3, max_tokens=30, model="toy-plain")
-    texts = {k: answer(post(url, body(**hot, top_k=k))) for k in (1, 2, -1)}
-    assert texts[1] == answer(post(url, body(model="toy-plain", max_tokens=30))) and len(set(texts.values())) == 3      # one candidate is greedy
-    assert answer(post(url, body(**hot, top_k=None))) == texts[-1] == answer(post(url, body(**hot)))
-    null = body(temperature=None, top_p=None, seed=3, stream=None, stop=None, n=None, max_completion_tokens=None)
-    assert answer(post(url, null)) == answer(post(url, body(temperature=1.0, seed=3)))          # as OpenAI's interface has it: null is the default
+    texts = {top_k: answer(post(url, body(**hot, top_k=top_k))) for top_k in (1, 2, -1)}
+    greedy = answer(post(url, body(model="toy-plain", max_tokens=30)))
+    assert texts[1] == greedy  # one candidate is greedy
+    assert len(set(texts.values())) == 3
+    assert answer(post(url, body(**hot, top_k=None))) == texts[-1]
+    assert texts[-1] == answer(post(url, body(**hot)))
+    nulls = dict(
+        temperature=None,
+        top_p=None,
+        stream=None,
+        stop=None,
+        n=None,
+        max_completion_tokens=None,
+    )
+    # as OpenAI's interface has it: null is the default
+    told = answer(post(url, body(temperature=1.0, seed=3)))
+    assert answer(post(url, body(seed=3, **nulls))) == told
+
 
 def test_thinking_switch_and_system_message(svc, url):
     think = post(url, body(chat_template_kwargs=dict(enable_thinking=True)))
     assert answer(think) == direct(svc, thinking=True)
-    assert think.json()["usage"]["prompt_tokens"] < post(url, body()).json()["usage"]["prompt_tokens"]     # direct carries an empty think block
-    rows = [dict(role="system", content="Отвечай кратко."), dict(role="user", content=[dict(type="text", text="Привет"), dict(type="text", text="!")])]
-    ids = svc.ids([S.Message(**r) for r in rows], False)
-    assert post(url, body(messages=rows)).json()["usage"]["prompt_tokens"] == len(ids) and "Привет!" in svc.tok.decode(ids)
+    straight = post(url, body())  # carries an empty think block
+    assert think.json()["usage"]["prompt_tokens"] < straight.json()["usage"]["prompt_tokens"]
+    parts = [dict(type="text", text="Привет"), dict(type="text", text="!")]
+    rows = [
+        dict(role="system", content="Отвечай кратко."),
+        dict(role="user", content=parts),
+    ]
+    prompt = svc.ids([Message(**row) for row in rows], False)
+    assert post(url, body(messages=rows)).json()["usage"]["prompt_tokens"] == len(prompt)
+    assert "Привет!" in svc.tok.decode(prompt)
+
 
 def test_openai_client_streams_the_same_text(svc, url):
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
-    assert {m.id for m in client.models.list()} == {"toy", "toy-plain"}
-    chunks = list(client.chat.completions.create(**{k: v for k, v in body(max_tokens=40).items() if k != "chat_template_kwargs"}, stream=True,
-                  stream_options=dict(include_usage=True), extra_body=dict(chat_template_kwargs=dict(enable_thinking=False), return_steps=True)))
-    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert {model.id for model in client.models.list()} == {"toy", "toy-plain"}
+    request = body(max_tokens=40)
+    template = request.pop("chat_template_kwargs")
+    stream = client.chat.completions.create(
+        **request,
+        stream=True,
+        stream_options=dict(include_usage=True),
+        extra_body=dict(chat_template_kwargs=template, return_steps=True),
+    )
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == direct(svc, new=40, tree=SHAPE) == direct(svc, new=40)
-    rows = [c.step for c in chunks if getattr(c, "step", None)]
-    assert "".join(p for r in rows for p in r["pieces"]) == text
-    assert sum(len(r["pieces"]) for r in rows) == chunks[-1].usage.completion_tokens
-    assert [r["at_s"] for r in rows] == sorted(r["at_s"] for r in rows) and rows[0]["tree"] is None
-    assert all(len(r["tree_text"]) == len(r["tree"]["tokens"]) and r["drafted"] <= len(r["accepted"]) for r in rows[1:])
+    rows = [chunk.step for chunk in chunks if getattr(chunk, "step", None)]
+    pieces = []
+    for row in rows:
+        pieces += row["pieces"]
+    assert "".join(pieces) == text
+    assert len(pieces) == chunks[-1].usage.completion_tokens
+    times = [row["at_s"] for row in rows]
+    assert times == sorted(times)
+    assert rows[0]["tree"] is None
+    for row in rows[1:]:
+        assert len(row["tree_text"]) == len(row["tree"]["tokens"])
+        assert row["drafted"] <= len(row["accepted"])
+
 
 def test_telemetry_has_sglangs_names_and_adds_up(url):
-    r = post(url, body(max_tokens=40, return_steps=True)).json()
-    m, steps = r["meta_info"], [s for s in r["steps"] if s["tree"]]
-    assert m["spec_verify_ct"] == len(steps) and m["completion_tokens"] == r["usage"]["completion_tokens"]
-    assert m["spec_accept_length"] == pytest.approx(m["completion_tokens"]/len(steps))
-    assert m["spec_num_correct_drafts"] == sum(len(s["accepted"]) for s in steps) == sum(i*n for i, n in enumerate(m["spec_correct_drafts_histogram"]))
-    assert m["spec_num_correct_drafts"] > 0
-    assert m["spec_num_proposed_drafts"] == sum(len(s["tree"]["tokens"]) - 1 for s in steps) == 5*len(steps)
-    assert m["spec_accept_rate"] == pytest.approx(m["spec_num_correct_drafts"]/(len(steps)*5))
-    assert 0 <= m["queue_time"] <= m["ttft"] <= m["e2e_latency"]
+    told = post(url, body(max_tokens=40, return_steps=True)).json()
+    meta = told["meta_info"]
+    steps = [step for step in told["steps"] if step["tree"]]
+    assert meta["spec_verify_ct"] == len(steps)
+    assert meta["completion_tokens"] == told["usage"]["completion_tokens"]
+    assert meta["spec_accept_length"] == pytest.approx(meta["completion_tokens"] / len(steps))
+    correct = sum(len(step["accepted"]) for step in steps)
+    histogram = meta["spec_correct_drafts_histogram"]
+    assert meta["spec_num_correct_drafts"] == correct
+    assert correct == sum(accepted * many for accepted, many in enumerate(histogram))
+    assert meta["spec_num_correct_drafts"] > 0
+    proposed = sum(len(step["tree"]["tokens"]) - 1 for step in steps)
+    assert meta["spec_num_proposed_drafts"] == proposed == 5 * len(steps)
+    assert meta["spec_accept_rate"] == pytest.approx(correct / (len(steps) * 5))
+    assert 0 <= meta["queue_time"] <= meta["ttft"] <= meta["e2e_latency"]
     assert "spec_verify_ct" not in post(url, body(model="toy-plain")).json()["meta_info"]
+
 
 def test_stop_strings_across_tokens(svc, url):
     full = direct(svc, new=40)
     cut = full[7:11]
-    assert len(set(full)) > 10 and cut not in full[:7]
-    r = post(url, body(max_tokens=40, stop=[cut, "нет такого"])).json()
-    assert r["choices"][0]["message"]["content"] == full[:full.index(cut)] and r["choices"][0]["finish_reason"] == "stop"
+    assert len(set(full)) > 10
+    assert cut not in full[:7]
+    told = post(url, body(max_tokens=40, stop=[cut, "нет такого"])).json()
+    choice = told["choices"][0]
+    assert choice["message"]["content"] == full[: full.index(cut)]
+    assert choice["finish_reason"] == "stop"
     plain = post(url, body(model="toy-plain", max_tokens=40, stop=cut)).json()
-    assert plain["usage"] == r["usage"] and plain["choices"] == r["choices"]              # a draft changes nothing, not even the count
+    # a draft changes nothing, not even the count
+    assert plain["usage"] == told["usage"]
+    assert plain["choices"] == told["choices"]
     assert post(url, body()).json()["choices"][0]["finish_reason"] == "length"
+
 
 def test_pages_for_machines(svc, url):
     answer(post(url, body()))
     text = httpx.get(f"{url}/metrics").text
-    names = [l.split()[0] for l in text.splitlines() if l and not l.startswith("#")]
-    assert {"tpro_nb:num_running_reqs", "tpro_nb:num_queue_reqs", "tpro_nb:verified_total", "tpro_nb:tokens_total", "tpro_nb:spec_accept_length"} <= set(names)
+    values = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert {
+        "tpro_nb:num_running_reqs",
+        "tpro_nb:num_queue_reqs",
+        "tpro_nb:verified_total",
+        "tpro_nb:tokens_total",
+        "tpro_nb:spec_accept_length",
+    } <= {line.split()[0] for line in values}
     info = httpx.get(f"{url}/server_info").json()
-    assert info["speculative_num_draft_tokens"] == 6 and info["internal_states"][0]["avg_spec_accept_length"] >= 1
-    assert httpx.get(f"{url}/health").text == "ok" and httpx.get(f"{url}/nowhere").status_code == 404
+    assert info["speculative_num_draft_tokens"] == 6
+    assert info["internal_states"][0]["avg_spec_accept_length"] >= 1
+    assert httpx.get(f"{url}/health").text == "ok"
+    assert httpx.get(f"{url}/nowhere").status_code == 404
 
-BAD = {
-    "malformed": (400, b'{"model": "toy", "messages": [', "not JSON"), "utf-8": (400, b'{"model": "toy", "messages": [{"role": "user", "content": "\xff\xfe"}]}', "UTF-8"),
-    "deep": (400, b"["*100_000, ""), "not an object": (400, b'"hello"', "body"), "huge number": (400, b'{"max_tokens": ' + b"9"*5000 + b"}", ""),
-    "unknown model": (404, dict(model="gpt-5"), "toy-plain"), "unknown role": (400, dict(messages=[dict(role="wizard", content="x")]), "role"),
-    "no messages": (400, dict(messages=[]), "messages"), "picture": (400, dict(messages=[dict(role="user", content=[dict(type="image_url")])]), "text"),
-    "surrogate": (400, b'{"model": "toy", "messages": [{"role": "user", "content": "\\ud800"}]}', "content"),
-    "negative limit": (400, dict(max_tokens=-5), "max_tokens"), "zero limit": (400, dict(max_tokens=0), "max_tokens"), "huge limit": (400, dict(max_tokens=10**9), "room for"),
-    "long prompt": (400, dict(messages=[dict(role="user", content="слово "*2000)]), "shorten"), "1 MB": (413, dict(messages=[dict(role="user", content="a"*2**20)]), "larger"),
-    "stops": (400, dict(stop=["x"]*5000), "stop"), "empty stop": (400, dict(stop=[""]), "stop"), "temperature": (400, dict(temperature=-1), "temperature"),
-    "nan": (400, b'{"model": "toy", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "temperature"), "top_p": (400, dict(top_p=0), "top_p"),
-    "top_k": (400, dict(top_k=0), "top_k"), "top_k sign": (400, dict(top_k=-2), "top_k"), "top_k size": (400, dict(top_k=10**30), "top_k"), "top_k kind": (400, dict(top_k="many"), "top_k"),
-    "seed": (400, dict(seed=-1), "seed"), "n": (400, dict(n=3), "n"), "tools": (400, dict(tools=[dict(type="function")]), "tools"),
-    "odd name": (400, b'{"model": "\\udc00", "messages": [{"role": "user", "content": "x"}]}', "model"), "template": (400, dict(chat_template_kwargs=dict(evil="{{ 1 }}")), "evil"),
+
+def said_by_user(content):
+    return dict(messages=[dict(role="user", content=content)])
+
+
+X = b'"messages": [{"role": "user", "content": "x"}]'
+BAD = {  # status, what is sent (bytes: as it is; a dict: changes of a good body), what is said
+    "malformed": (400, b'{"model": "toy", "messages": [', "not JSON"),
+    "utf-8": (
+        400,
+        b'{"model": "toy", "messages": [{"role": "user", "content": "\xff\xfe"}]}',
+        "UTF-8",
+    ),
+    "deep": (400, b"[" * 100_000, ""),
+    "not an object": (400, b'"hello"', "body"),
+    "huge number": (400, b'{"max_tokens": ' + b"9" * 5000 + b"}", ""),
+    "unknown model": (404, dict(model="gpt-5"), "toy-plain"),
+    "unknown role": (400, dict(messages=[dict(role="wizard", content="x")]), "role"),
+    "no messages": (400, dict(messages=[]), "messages"),
+    "picture": (400, said_by_user([dict(type="image_url")]), "text"),
+    "surrogate": (
+        400,
+        b'{"model": "toy", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        "content",
+    ),
+    "negative limit": (400, dict(max_tokens=-5), "max_tokens"),
+    "zero limit": (400, dict(max_tokens=0), "max_tokens"),
+    "huge limit": (400, dict(max_tokens=10**9), "room for"),
+    "long prompt": (400, said_by_user("слово " * 2000), "shorten"),
+    "1 MB": (413, said_by_user("a" * 2**20), "larger"),
+    "stops": (400, dict(stop=["x"] * 5000), "stop"),
+    "empty stop": (400, dict(stop=[""]), "stop"),
+    "temperature": (400, dict(temperature=-1), "temperature"),
+    "nan": (400, b'{"model": "toy", ' + X + b', "temperature": NaN}', "temperature"),
+    "top_p": (400, dict(top_p=0), "top_p"),
+    "top_k": (400, dict(top_k=0), "top_k"),
+    "top_k sign": (400, dict(top_k=-2), "top_k"),
+    "top_k size": (400, dict(top_k=10**30), "top_k"),
+    "top_k kind": (400, dict(top_k="many"), "top_k"),
+    "seed": (400, dict(seed=-1), "seed"),
+    "n": (400, dict(n=3), "n"),
+    "tools": (400, dict(tools=[dict(type="function")]), "tools"),
+    "odd name": (400, b'{"model": "\\udc00", ' + X + b"}", "model"),
+    "template": (400, dict(chat_template_kwargs=dict(evil="{{ 1 }}")), "evil"),
 }
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_requests_get_their_status_and_a_sentence(svc, url, case):
-    status, b, says = BAD[case]
-    raw = b if isinstance(b, bytes) else json.dumps(body(**b)).encode()
-    r = httpx.post(f"{url}/v1/chat/completions", content=raw, headers={"content-type": "application/json"}, timeout=30)
-    assert r.status_code == status, r.text
-    e = r.json()["error"]
-    assert e["code"] == status and says in e["message"] and len(e["message"]) < 600
+    status, sent, says = BAD[case]
+    raw = sent if isinstance(sent, bytes) else json.dumps(body(**sent)).encode()
+    response = httpx.post(f"{url}/v1/chat/completions", content=raw, headers=JSON_TYPE, timeout=30)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error["code"] == status
+    assert says in error["message"]
+    assert len(error["message"]) < 600
+
 
 def test_a_page_elsewhere_cannot_post(url):
-    r = httpx.post(f"{url}/v1/chat/completions", content=json.dumps(body()), headers={"content-type": "text/plain"})     # what a form of a foreign page may send
-    assert r.status_code == 400
-    assert httpx.get(f"{url}/v1/models", headers={"host": "evil.example"}).status_code == 400       # nor reach it under a name of its own
+    # what a form of a foreign page may send
+    plain = {"content-type": "text/plain"}
+    response = httpx.post(f"{url}/v1/chat/completions", content=json.dumps(body()), headers=plain)
+    assert response.status_code == 400
+    # nor reach it under a name of its own
+    renamed = httpx.get(f"{url}/v1/models", headers={"host": "evil.example"})
+    assert renamed.status_code == 400
 
-def test_the_server_lives_after_all_that(svc, url): assert answer(post(url, body())) == direct(svc)
+
+def test_the_server_lives_after_all_that(svc, url):
+    assert answer(post(url, body())) == direct(svc)
+
 
 def test_fifty_at_once_a_third_hangs_up(svc, url):
     before = dict(svc.sched.total)
-    asyncio.run(S.crowd(svc, url, 50, 24)); rss = psutil.Process().memory_info().rss       # the first crowd fills every cache and pool
-    got = asyncio.run(S.crowd(svc, url, 50, 24))
-    assert got["served_requests_ok_pct"] == 100 and got["left"] == 0 and got["texts"] > 25
+    asyncio.run(crowd(svc, url, 50, 24))
+    # the first crowd fills every cache and pool
+    resident = psutil.Process().memory_info().rss
+    got = asyncio.run(crowd(svc, url, 50, 24))
+    assert got["served_requests_ok_pct"] == 100
+    assert got["left"] == 0
+    assert got["texts"] > 25
     assert svc.sched.made == 3
-    assert svc.sched.total["finished_cancelled"] > before.get("finished_cancelled", 0) and not svc.sched.total["finished_error"]
-    assert psutil.Process().memory_info().rss - rss < 30*2**20
+    assert svc.sched.total["finished_cancelled"] > before.get("finished_cancelled", 0)
+    assert not svc.sched.total["finished_error"]
+    assert psutil.Process().memory_info().rss - resident < 30 * 2**20
+
 
 def test_turns_are_fair(folders):
-    svc, seen = service(folders, slots=2), []
-    job = lambda i, new: S.Job([40 + i, 41], new, None, 0, 1, 0, [], time.monotonic() + 60, lambda item: seen.append((i, item["finish"])))
-    with svc.sched.wake: svc.sched.waiting.extend([job(0, 60), job(1, 10)]); svc.sched.wake.notify()
-    while sum(f is not None for _, f in seen) < 2: time.sleep(.005)
+    svc = service(folders, slots=2)
+    seen = []
+
+    def job(number, new):
+        return Job(
+            TextRequest([40 + number, 41], new),
+            stop=[],
+            deadline=time.monotonic() + 60,
+            tell=lambda item: seen.append((number, item.finish)),
+        )
+
+    with svc.sched.wake:
+        svc.sched.waiting.extend([job(0, 60), job(1, 10)])
+        svc.sched.wake.notify()
+    while sum(finish is not None for _, finish in seen) < 2:
+        time.sleep(0.005)
     svc.sched.close()
-    assert [i for i, _ in seen[:20]] == [0, 1]*10            # the long one does not hold up the short one
+    order = [number for number, _ in seen[:20]]
+    assert order == [0, 1] * 10  # the long one does not hold up the short one
     assert seen[19] == (1, "length")
 
+
 def test_full_queue_and_time_limit(folders):
-    svc = service(folders, slots=1, queue=1, limits=S.Limits(seconds=.6))
-    slow = svc.sched.turn
-    svc.sched.turn = lambda: (time.sleep(.1), slow())
-    with S.serving(svc) as url:
-        got, ts = [], [threading.Thread(target=lambda: got.append(post(url, body(max_tokens=100)))) for _ in range(4)]
-        for t in ts: t.start(); time.sleep(.05)
-        for t in ts: t.join()
-        status = sorted(r.status_code for r in got)
-        assert status == [429, 429, 504, 504], [r.text for r in got]
-        busy = next(r for r in got if r.status_code == 429)
-        assert busy.headers["retry-after"] and "waiting" in busy.json()["error"]["message"]
-        lines = post(url, body(max_tokens=100, stream=True)).text.split("\n\n")
-        assert json.loads(lines[-3][6:])["error"]["code"] == 504 and lines[-2] == "data: [DONE]"
-        svc.sched.turn = slow
+    svc = service(folders, slots=1, queue=1, limits=Limits(seconds=0.6))
+    with serving(svc) as url:
+        with slow_turns(svc, 0.1):
+            got = []
+
+            def ask():
+                got.append(post(url, body(max_tokens=100)))
+
+            threads = [threading.Thread(target=ask) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+                time.sleep(0.05)
+            for thread in threads:
+                thread.join()
+            status = sorted(response.status_code for response in got)
+            assert status == [429, 429, 504, 504], [response.text for response in got]
+            busy = next(response for response in got if response.status_code == 429)
+            assert busy.headers["retry-after"]
+            assert "waiting" in busy.json()["error"]["message"]
+            lines = post(url, body(max_tokens=100, stream=True)).text.split("\n\n")
+            last = json.loads(lines[-3].removeprefix("data: "))
+            assert last["error"]["code"] == 504
+            assert lines[-2] == "data: [DONE]"
         assert answer(post(url, body())) == direct(svc)
+
+
+def leave_a_stream(url):
+    "Read six lines of a stream and go."
+    request = body(max_tokens=200, stream=True)
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=request, timeout=5) as stream:
+        for _ in zip(range(6), stream.iter_lines()):
+            pass
+    raise httpx.ReadTimeout("left in the middle")
+
+
+def leave_a_whole_answer(url):
+    request = body(max_tokens=200, stream=False)
+    httpx.post(f"{url}/v1/chat/completions", json=request, timeout=0.2)
+
 
 def test_hanging_up_frees_the_place(folders):
     svc = service(folders, slots=1)
-    slow = svc.sched.turn
-    svc.sched.turn = lambda: (time.sleep(.02), slow())
-    with S.serving(svc) as url:
-        for streamed in (True, False):
-            with pytest.raises(httpx.ReadTimeout): httpx.post(f"{url}/v1/chat/completions", json=body(max_tokens=200, stream=False), timeout=.2) if not streamed else _half(url)
+    with serving(svc) as url, slow_turns(svc, 0.02):
+        for leave in (leave_a_stream, leave_a_whole_answer):
+            with pytest.raises(httpx.ReadTimeout):
+                leave(url)
             wait_idle(svc)
         assert svc.sched.total["finished_cancelled"] == 2
 
-def _connect(url, rcvbuf=0):
-    host, port = url.removeprefix("http://").split(":")
-    s = socket.socket()
-    if rcvbuf: s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)          # before connecting: it sets the window
-    s.settimeout(20); s.connect((host, int(port)))
-    return s
 
-def _rest(s):
+def address_of(url):
+    host, port = url.removeprefix("http://").split(":")
+    return host, int(port)
+
+
+def connect(url, receive_buffer=0):
+    sock = socket.socket()
+    if receive_buffer:  # before connecting: it sets the window
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    sock.settimeout(20)
+    sock.connect(address_of(url))
+    return sock
+
+
+def rest_of(sock):
     "All that still comes, until the other side ends the connection."
     got = b""
     while True:
-        try: part = s.recv(65536)
-        except ConnectionError: return got
-        if not part: return got
+        try:
+            part = sock.recv(65536)
+        except ConnectionError:
+            return got
+        if not part:
+            return got
         got += part
 
+
+def raw_request(content, more_headers=b""):
+    length = b"content-length: %d\r\n" % len(content)
+    return HEAD + length + more_headers + b"\r\n" + content
+
+
 def test_readers_who_sleep_hold_up_nobody_and_are_cut(folders, monkeypatch):
-    plain_listen = S.listen
-    def listen(*a):
-        s = plain_listen(*a); s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)   # inherited by every connection, so a full buffer is soon reached
-        return s
-    monkeypatch.setattr(S, "listen", listen)
-    svc = service(folders, limits=S.Limits(patience=3.0))
-    live, server = [], S.uvicorn_server
-    monkeypatch.setattr(S, "uvicorn_server", lambda *a: live.append(server(*a)) or live[0])
-    b = json.dumps(body(max_tokens=150, stream=True, return_steps=True)).encode()
-    ask = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(b) + b
-    with S.serving(svc) as url:
-        with httpx.stream("POST", f"{url}/v1/chat/completions", content=b, headers={"content-type": "application/json"}, timeout=60) as r: whole = len(r.read())
+    def listen_with_small_buffers(*args):
+        sock = listen(*args)
+        # inherited by every connection, so a full buffer is soon reached
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return sock
+
+    live = []
+    make_server = server.uvicorn_server
+
+    def remembered_server(*args):
+        live.append(make_server(*args))
+        return live[0]
+
+    monkeypatch.setattr(server, "listen", listen_with_small_buffers)
+    monkeypatch.setattr(server, "uvicorn_server", remembered_server)
+    svc = service(folders, limits=Limits(patience=3.0))
+    request = body(max_tokens=150, stream=True, return_steps=True)
+    content = json.dumps(request).encode()
+
+    def connections():
+        return live[0].server_state.connections
+
+    def full_connections():
+        return [c for c in connections() if c.transport.get_write_buffer_size()]
+
+    with serving(svc) as url:
+        with httpx.stream(
+            "POST",
+            f"{url}/v1/chat/completions",
+            content=content,
+            headers=JSON_TYPE,
+            timeout=60,
+        ) as stream:
+            whole = len(stream.read())
         assert whole > 100_000
-        def crowd():
-            sleepers = [_connect(url, 4096) for _ in range(8)]
-            for s in sleepers: s.sendall(ask)
-            for _ in range(1000):
-                full = [c for c in live[0].server_state.connections if c.transport.get_write_buffer_size()]
-                if len(full) == 8: break
-                time.sleep(.01)
-            assert len(full) == 8                                  # the kernel takes no more: all eight are really stuck
-            assert all(c.transport.get_write_buffer_size() < 64*1024 for c in full)     # and what waits is one chunk, not the answer
-            return sleepers
+
         for _ in range(2):
-            sleepers = crowd()
-            assert answer(post(url, body())) == direct(svc)        # another is served; idle again: all eight were decoded to the end, read or not
-            for _ in range(1000):
-                if not any(c.flow.write_paused for c in live[0].server_state.connections): break
-                time.sleep(.01)
-            for s in sleepers:
-                got = _rest(s); s.close()
-                assert b" 200 " in got[:20] and len(got) < whole and b"[DONE]" not in got       # cut, not drained when they wake up
-            assert svc.sched.total["finished_length"] + svc.sched.total["finished_cancelled"] >= 10
-        assert not svc.sched.total["finished_error"] and svc.sched.made <= svc.sched.slots
+            sleepers = [connect(url, 4096) for _ in range(8)]
+            for sleeper in sleepers:
+                sleeper.sendall(raw_request(content))
+            # the kernel takes no more: all eight are really stuck
+            assert wait_until(lambda: len(full_connections()) == 8, 10)
+            # and what waits is one chunk, not the answer
+            for connection in full_connections():
+                assert connection.transport.get_write_buffer_size() < 64 * 1024
+            # another is served; idle again: all eight were decoded to the end, read or not
+            assert answer(post(url, body())) == direct(svc)
+            wait_until(lambda: not any(c.flow.write_paused for c in connections()), 10)
+            for sleeper in sleepers:
+                got = rest_of(sleeper)
+                sleeper.close()
+                # cut, not drained when they wake up
+                assert b" 200 " in got[:20]
+                assert len(got) < whole
+                assert b"[DONE]" not in got
+            total = svc.sched.total
+            assert total["finished_length"] + total["finished_cancelled"] >= 10
+        assert not svc.sched.total["finished_error"]
+        assert svc.sched.made <= svc.sched.slots
+
 
 def test_a_slow_but_steady_reader_gets_everything(folders):
-    svc = service(folders, limits=S.Limits(patience=1.0))
-    b = json.dumps(body(max_tokens=60, stream=True, return_steps=True)).encode()
-    with S.serving(svc) as url, _connect(url, 4096) as s:
-        s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(b) + b)
+    svc = service(folders, limits=Limits(patience=1.0))
+    content = json.dumps(body(max_tokens=60, stream=True, return_steps=True)).encode()
+    with serving(svc) as url, connect(url, 4096) as sock:
+        sock.sendall(raw_request(content, b"connection: close\r\n"))
         got = b""
-        while part := s.recv(1500): got += part; time.sleep(.01)
+        while part := sock.recv(1500):
+            got += part
+            time.sleep(0.01)
         assert b"[DONE]" in got
 
+
 def test_who_says_nothing_is_cut(folders):
-    svc = service(folders, limits=S.Limits(patience=.4))
-    with S.serving(svc) as url:
-        silent = [_connect(url) for _ in range(30)]
-        silent[0].sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: loc")              # half a head is nothing either
+    svc = service(folders, limits=Limits(patience=0.4))
+    with serving(svc) as url:
+        silent = [connect(url) for _ in range(30)]
+        # half a head is nothing either
+        silent[0].sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: loc")
         assert answer(post(url, body())) == direct(svc)
-        for s in silent: assert _rest(s) == b""; s.close()
+        for sock in silent:
+            assert rest_of(sock) == b""
+            sock.close()
 
-def _half(url):
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body(max_tokens=200, stream=True), timeout=5) as s:
-        for _ in zip(range(6), s.iter_lines()): pass
-    raise httpx.ReadTimeout("left in the middle")
 
-def test_a_failing_decoder_takes_down_one_request_only(folders):
+def test_a_failing_decoder_takes_down_one_request_only(folders, monkeypatch):
     svc = service(folders)
-    with S.serving(svc) as url:
-        commit, svc.dec._commit = svc.dec._commit, lambda *a: 1/0
-        r = post(url, body())
-        assert r.status_code == 500 and "ZeroDivisionError" in r.json()["error"]["message"]
-        svc.dec._commit = commit
+
+    def broken(*args):
+        return 1 / 0
+
+    with serving(svc) as url:
+        with monkeypatch.context() as patched:
+            patched.setattr(svc.dec, "commit", broken)
+            response = post(url, body())
+        assert response.status_code == 500
+        assert "ZeroDivisionError" in response.json()["error"]["message"]
         assert answer(post(url, body())) == direct(svc)
+
 
 def test_no_memory_for_another_cache(folders, monkeypatch):
     svc = service(folders)
-    def full(dec): raise MemoryError
-    monkeypatch.setattr(S, "twin", full)
+
+    def full(dec):
+        raise MemoryError
+
+    monkeypatch.setattr(scheduler, "twin", full)
     got = []
-    for _ in range(3): svc.sched.submit(S.Job([40, 41], 5, None, 0, 1, 0, [], time.monotonic() + 60, lambda item: got.append(item["finish"])))
-    for _ in range(500):
-        if got.count("length") == 3: break
-        time.sleep(.01)
-    assert got.count("length") == 3 and svc.sched.slots == 1
+    for _ in range(3):
+        job = Job(
+            TextRequest([40, 41], 5),
+            stop=[],
+            deadline=time.monotonic() + 60,
+            tell=lambda item: got.append(item.finish),
+        )
+        svc.sched.submit(job)
+    wait_until(lambda: got.count("length") == 3, 5)
+    assert got.count("length") == 3
+    assert svc.sched.slots == 1
     svc.sched.close()
 
-def test_slow_upload_and_lying_length(folders):
+
+def test_slow_upload_and_lying_length(folders, monkeypatch):
     svc = service(folders)
-    guard = S.Guard
-    S.Guard = lambda app, **kw: guard(app, grace=.3, **kw)
-    try:
-        with S.serving(svc) as url:
-            host, port = url.removeprefix("http://").split(":")
-            with socket.create_connection((host, int(port)), timeout=5) as s:
-                s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n{")
-                assert b" 408 " in s.recv(300)
-            assert answer(post(url, body())) == direct(svc)
-    finally: S.Guard = guard
+    usual = server.RequestGuard
+
+    def impatient(app, **options):
+        return usual(app, grace=0.3, **options)
+
+    monkeypatch.setattr(server, "RequestGuard", impatient)
+    with serving(svc) as url:
+        with socket.create_connection(address_of(url), timeout=5) as sock:
+            sock.sendall(HEAD + b"content-length: 500\r\n\r\n{")
+            assert b" 408 " in sock.recv(300)
+        assert answer(post(url, body())) == direct(svc)
+
 
 def test_api_key(folders, capsys):
     svc = service(folders)
-    with S.serving(svc, api_key="sesame") as url:
+    # more than one packet: refused before it is read, the client would see a reset connection
+    long = body("a" * 200_000)
+    with serving(svc, api_key="sesame") as url:
         assert httpx.get(f"{url}/health").status_code == 200
-        for h in ({}, {"authorization": "Bearer wrong"}, {"authorization": b"Bearer \xff"}):
-            r = post(url, body("a"*200_000), headers=h)        # more than one packet: refused before it is read, the client would see a reset connection
-            assert r.status_code == 401 and "key" in r.json()["error"]["message"]
-        assert answer(post(url, body(), headers={"authorization": "Bearer sesame"})) == direct(svc)
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": b"Bearer \xff"}):
+            response = post(url, long, headers=headers)
+            assert response.status_code == 401
+            assert "key" in response.json()["error"]["message"]
+        right = {"authorization": "Bearer sesame"}
+        assert answer(post(url, body(), headers=right)) == direct(svc)
+
 
 def test_where_it_listens():
-    with pytest.raises(UserError, match="TPRO_NB_API_KEY"): S.listen("0.0.0.0", 0)
-    with pytest.raises(UserError, match="no such address"): S.listen("nowhere.invalid", 80)
-    S.listen("0.0.0.0", 0, "key").close()
-    with S.listen("127.0.0.1", 0) as s, pytest.raises(UserError, match="--port"): S.listen("127.0.0.1", s.getsockname()[1])
+    with pytest.raises(UserError, match="TPRO_NB_API_KEY"):
+        listen("0.0.0.0", 0)
+    with pytest.raises(UserError, match="no such address"):
+        listen("nowhere.invalid", 80)
+    listen("0.0.0.0", 0, "key").close()
+    with listen("127.0.0.1", 0) as taken, pytest.raises(UserError, match="--port"):
+        listen("127.0.0.1", taken.getsockname()[1])
+
 
 def test_command(folders, monkeypatch, capsys):
     monkeypatch.delenv("TPRO_NB_API_KEY", raising=False)
-    for args, says in ((["x", "--host", "0.0.0.0"], "TPRO_NB_API_KEY"), (["x", "--tree", "3,a"], "--tree"), (["x", "--slots", "0"], "--slots"), (["x", "--port", "99999"], "--port"),
-                       (["no/such/model", "--port", "0"], "no/such/model"), ([str(folders[0]), "--draft", str(folders[1]), "--tree", "0,1,1", "--port", "0"], "tree")):
-        assert S.main(args) == 2
+    target, draft = map(str, folders)
+    for args, says in (
+        (["x", "--host", "0.0.0.0"], "TPRO_NB_API_KEY"),
+        (["x", "--tree", "3,a"], "--tree"),
+        (["x", "--slots", "0"], "--slots"),
+        (["x", "--port", "99999"], "--port"),
+        (["no/such/model", "--port", "0"], "no/such/model"),
+        ([target, "--draft", draft, "--tree", "0,1,1", "--port", "0"], "tree"),
+    ):
+        assert serve_command(args) == 2
         assert says in capsys.readouterr().err
 
+
 def test_overhead_is_small(svc, url):
-    assert S.overhead(svc, url, ["Сколько будет 12 + 30?"], 32, 3)["serve_overhead_ms"] < 100       # a toy's own time is too short for a percentage
+    extra = overhead(svc, url, [SUM], 32, 3)
+    assert extra["serve_overhead_ms"] < 100  # a toy's own time is too short for a percentage

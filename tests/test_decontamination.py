@@ -1,0 +1,46 @@
+"Leaks that were planted, reworded or set in LaTeX; and rows that must not be accused."
+
+from corpus_toys import corpus, protected_problems
+
+from tpro_nb import decontamination, rows
+
+
+def question(text: str, reply: str = "Ответ: 13") -> dict:
+    return rows.make_row(text, reply, source="s", licence="MIT", family="f", domain="Math")
+
+
+def test_planted_leaks_and_no_false_alarm():
+    protected = protected_problems(40)
+    clean = [rows.row_text(row) for row in corpus(150)]
+    got = decontamination.leak_benchmark(protected, clean)
+    assert got["leak_recall_pct"] >= 99
+    assert got["leak_false_pct"] <= 0.1
+
+
+def test_a_row_with_a_leak_goes_and_is_reported():
+    protected = protected_problems(40)
+    leak = question("Реши: " + protected[3]["text"].upper(), "Ответ: 1")
+    guard = decontamination.LeakGuard(protected)
+    kept, report = decontamination.decontaminate(corpus() + [leak], guard)
+    assert leak not in kept
+    assert report[0]["leaked"] == protected[3]["id"]
+
+
+def test_a_reworded_leak_and_a_latex_leak_are_found_and_other_numbers_are_not():
+    fruit = (
+        "В корзине лежало 12 яблок и 7 груш, из них съели половину яблок. "
+        "Сколько фруктов осталось в корзине?"
+    )
+    formula = "Найдите значение выражения 1/2 + √3 при условии, что x = 4"
+    guard = decontamination.LeakGuard(
+        [dict(id="p", text=fruit, set="test"), dict(id="l", text=formula, set="test")]
+    )
+    reworded = question(fruit.replace("лежало", "было").replace("осталось", "будет"))
+    other = question(fruit.replace("12", "14").replace("лежало", "было"))
+    latex = question(
+        r"Найдите значение выражения $\frac{1}{2} + \sqrt{3}$ при условии, что $x = 4$"
+    )
+    kept, report = decontamination.decontaminate([reworded, other, latex], guard)
+    assert kept == [other]
+    found = [(leak["leaked"], leak["reason"].split()[1]) for leak in report]
+    assert found == [("p", "nearly"), ("l", "a")]
