@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PROFILE ?= cpu
 
-.PHONY: run lint fix book test test-eval test-sglang env env-eval env-sglang sglang-venv clean
+.PHONY: run lint fix book test test-eval test-clients test-sglang env env-eval env-clients env-sglang sglang-venv clean
 run: env
 	$(BIN)/tpro-nb run $(PROFILE)
 
@@ -57,6 +57,18 @@ $(EVAL)/.done: $(VENV)/.done
 	touch $@
 test-eval: env-eval
 	TPRO_NB_RUN=none $(EVAL)/bin/python -m pytest tests/test_evaluation_public.py tests/test_ablate.py -rs
+
+# Clients of the server that other people wrote, in an environment on top of this one, as above; what does not install is skipped by name.
+CLIENTS = $(VENV)/clients
+env-clients: $(CLIENTS)/.done
+$(CLIENTS)/.done: $(VENV)/.done
+	$(BIN)/python -m venv --without-pip $(CLIENTS)
+	$(BIN)/python -c 'import sys, sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path(sys.argv[1])!r})")' purelib \
+	  > $$($(CLIENTS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	for client in litellm langchain-openai llm 'lm-eval[api]' guidellm; do $(CLIENTS)/bin/python -m pip install -q $$client || echo "$$client: not installed"; done
+	touch $@
+test-clients: env-clients
+	TPRO_NB_RUN=none OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest tests/test_server_clients.py -rs
 
 # SGLang pins other versions, so it lives in an environment of its own, outside the clone, one for each content of its requirement files.
 SGLANG_REQ  = tests/sglang/requirements-sglang-cpu.txt tests/sglang/requirements-sglang-cpu-nodeps.txt

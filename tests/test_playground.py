@@ -1,6 +1,7 @@
 """The playground: its arithmetic, its page without a browser (AppTest), and the real page in
 Chromium where there is one."""
 
+import base64
 import json
 import os
 import re
@@ -505,6 +506,51 @@ def test_command(capsys, tmp_path):
             assert playground_command(args) == 2
             assert says in capsys.readouterr().err
     assert pair_of_run(tmp_path) is None
+
+
+def handshake(port, host, origin):
+    "The status with which the page's websocket answers a browser that sends these."
+    key = base64.b64encode(os.urandom(16)).decode()
+    head = [
+        "GET /_stcore/stream HTTP/1.1",
+        f"Host: {host}",
+        "Connection: Upgrade",
+        "Upgrade: websocket",
+        "Sec-WebSocket-Version: 13",
+        f"Sec-WebSocket-Key: {key}",
+    ]
+    if origin:
+        head.append(f"Origin: {origin}")
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        sock.sendall("\r\n".join([*head, "", ""]).encode())
+        return int(sock.recv(200).split()[1])
+
+
+def test_the_websocket_is_for_the_page_itself():
+    port = free_port()
+    streamlit = open_page({}, port)
+
+    def listens():
+        with socket.socket() as sock:
+            return sock.connect_ex(("127.0.0.1", port)) == 0
+
+    numbers, name = f"127.0.0.1:{port}", f"localhost:{port}"
+    foreign, lookalike = f"evil.example:{port}", f"127.0.0.1.evil.example:{port}"
+    try:
+        assert wait_until(listens, 20)
+        for own in (numbers, name, name.upper()):
+            assert handshake(port, own, f"http://{own.lower()}") == 101
+        assert handshake(port, numbers, None) == 101  # no browser
+        # a page that gave itself this address, and one that did not
+        for host in (foreign, lookalike):
+            assert handshake(port, host, f"http://{host}") == 403
+            assert handshake(port, host, None) == 403
+            assert handshake(port, numbers, f"http://{host}") == 403
+        assert handshake(port, foreign, f"http://{name}") == 403
+        assert handshake(port, numbers, "null") == 403
+    finally:
+        streamlit.terminate()
+        streamlit.wait(timeout=10)
 
 
 def test_sigterm_leaves_no_orphans():

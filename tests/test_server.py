@@ -278,9 +278,9 @@ BAD = {  # status, what is sent (bytes: as it is; a dict: changes of a good body
         b'{"model": "toy", "messages": [{"role": "user", "content": "\xff\xfe"}]}',
         "UTF-8",
     ),
-    "deep": (400, b"[" * 100_000, ""),
+    "deep": (400, b"[" * 100_000, "nested too deeply"),
     "not an object": (400, b'"hello"', "body"),
-    "huge number": (400, b'{"max_tokens": ' + b"9" * 5000 + b"}", ""),
+    "huge number": (400, b'{"max_tokens": ' + b"9" * 5000 + b"}", "digits"),
     "unknown model": (404, dict(model="gpt-5"), "toy-plain"),
     "unknown role": (400, dict(messages=[dict(role="wizard", content="x")]), "role"),
     "no messages": (400, dict(messages=[]), "messages"),
@@ -295,7 +295,12 @@ BAD = {  # status, what is sent (bytes: as it is; a dict: changes of a good body
     "huge limit": (400, dict(max_tokens=10**9), "room for"),
     "long prompt": (400, said_by_user("слово " * 2000), "shorten"),
     "1 MB": (413, said_by_user("a" * 2**20), "larger"),
-    "stops": (400, dict(stop=["x"] * 5000), "stop"),
+    "stops": (400, dict(stop=["x"] * 5000), "stop: at most 16 stop strings, not 5000"),
+    "1,000 stops": (400, dict(stop=["x"] * 1000), "stop: at most 16 stop strings, not 1000"),
+    "long stop": (400, dict(stop="x" * 257), "not 257"),
+    "no content": (400, dict(messages=[dict(role="user")]), "messages.0.content"),
+    "null content": (400, said_by_user(None), "messages.0.content"),
+    "no parts": (400, said_by_user([]), "messages.0.content"),
     "empty stop": (400, dict(stop=[""]), "stop"),
     "temperature": (400, dict(temperature=-1), "temperature"),
     "nan": (400, b'{"model": "toy", ' + X + b', "temperature": NaN}', "temperature"),
@@ -304,7 +309,7 @@ BAD = {  # status, what is sent (bytes: as it is; a dict: changes of a good body
     "top_k sign": (400, dict(top_k=-2), "top_k"),
     "top_k size": (400, dict(top_k=10**30), "top_k"),
     "top_k kind": (400, dict(top_k="many"), "top_k"),
-    "seed": (400, dict(seed=-1), "seed"),
+    "seed": (400, dict(seed=-2), "seed"),
     "n": (400, dict(n=3), "n"),
     "tools": (400, dict(tools=[dict(type="function")]), "tools"),
     "odd name": (400, b'{"model": "\\udc00", ' + X + b"}", "model"),
@@ -330,8 +335,32 @@ def test_a_page_elsewhere_cannot_post(url):
     response = httpx.post(f"{url}/v1/chat/completions", content=json.dumps(body()), headers=plain)
     assert response.status_code == 400
     # nor reach it under a name of its own
-    renamed = httpx.get(f"{url}/v1/models", headers={"host": "evil.example"})
-    assert renamed.status_code == 400
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "10.0.0.1", ""):
+        renamed = httpx.get(f"{url}/v1/models", headers={"host": host})
+        assert renamed.status_code == 400
+        assert "Host" in renamed.json()["error"]["message"]
+    for host in ("localhost", "LOCALHOST:1", "127.0.0.1", "127.0.0.2:80", "[::1]:8000", "[::1]"):
+        assert httpx.get(f"{url}/v1/models", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["::1", "127.0.0.2"])
+def test_every_loopback_address_looks_at_the_host(folders, monkeypatch, host):
+    "The command's own wiring: what `serve` gives to the server for a loopback address."
+    seen = []
+
+    class Told(Exception):
+        pass
+
+    def remember(service, key, hosts):
+        seen.append(hosts)
+        raise Told
+
+    monkeypatch.delenv("TPRO_NB_API_KEY", raising=False)
+    monkeypatch.setattr(server, "uvicorn_server", remember)
+    target, draft = map(str, folders)
+    with pytest.raises(Told):
+        serve_command([target, "--host", host, "--port", "0", "--context", "64"])
+    assert seen == [[host]]  # a list: foreign names are refused; this one is no news
 
 
 def test_the_server_lives_after_all_that(svc, url):
@@ -545,6 +574,70 @@ def test_who_says_nothing_is_cut(folders):
             sock.close()
 
 
+def test_a_slow_head_is_cut_on_later_requests_too(folders):
+    svc = service(folders, limits=Limits(patience=0.5))
+    with serving(svc) as url, connect(url) as sock:
+        for _ in range(2):  # an honest connection lives on
+            sock.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            got = b""
+            while not got.endswith(b"ok"):
+                got += sock.recv(4096)
+            time.sleep(0.3)
+        began = time.monotonic()
+        ended = False
+        for letter in b"GET /health HTTP/1.1\r\nx: " + b"y" * 100:
+            try:
+                sock.sendall(bytes([letter]))
+                sock.settimeout(0.05)
+                ended = sock.recv(100) == b""
+            except TimeoutError:
+                continue
+            except OSError:
+                ended = True
+            if ended:
+                break
+        assert ended
+        assert time.monotonic() - began < 2
+
+
+def test_too_many_connections_hear_it_as_json(folders):
+    svc = service(folders, slots=1, queue=1)
+    most = 2 * (1 + 1) + 32
+    with serving(svc) as url:
+        idle = [connect(url) for _ in range(most)]
+        response = post(url, body())
+        assert response.status_code == 503
+        assert response.headers["retry-after"]
+        assert "connections" in response.json()["error"]["message"]
+        assert httpx.get(f"{url}/health").text == "ok"
+        for sock in idle:
+            sock.close()
+        assert wait_until(lambda: post(url, body()).status_code == 200, 5)
+
+
+def test_a_stopping_server_ends_its_streams(folders, monkeypatch):
+    monkeypatch.setattr(server, "LAST_SECONDS", 0.5)
+    svc = service(folders, slots=1)
+    events = []
+
+    def read(url):
+        request = body(max_tokens=200, stream=True, ignore_eos=True)
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=request, timeout=30) as stream:
+            events.extend(line for line in stream.iter_lines() if line)
+
+    with slow_turns(svc, 0.05):
+        with serving(svc) as url:
+            reader = threading.Thread(target=read, args=[url])
+            reader.start()
+            assert wait_until(lambda: svc.sched.busy, 5)
+        reader.join(timeout=10)
+    assert not reader.is_alive()
+    assert events[-1] == "data: [DONE]"
+    last = json.loads(events[-2].removeprefix("data: "))
+    assert last["error"]["code"] == 503
+    assert "stopping" in last["error"]["message"]
+
+
 def test_a_failing_decoder_takes_down_one_request_only(folders, monkeypatch):
     svc = service(folders)
 
@@ -603,12 +696,15 @@ def test_api_key(folders, capsys):
     long = body("a" * 200_000)
     with serving(svc, api_key="sesame") as url:
         assert httpx.get(f"{url}/health").status_code == 200
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": b"Bearer \xff"}):
+        for given in (b"", b"Bearer wrong", b"Bearer \xff", b"Basic sesame", b"sesame", b"Bearer"):
+            headers = {"authorization": given} if given else {}
             response = post(url, long, headers=headers)
             assert response.status_code == 401
             assert "key" in response.json()["error"]["message"]
-        right = {"authorization": "Bearer sesame"}
-        assert answer(post(url, body(), headers=right)) == direct(svc)
+            assert response.headers["www-authenticate"] == "Bearer"
+        for given in ("Bearer sesame", "bearer sesame", "BEARER  sesame"):
+            right = {"authorization": given}
+            assert answer(post(url, body(), headers=right)) == direct(svc)
 
 
 def test_where_it_listens():
@@ -627,7 +723,11 @@ def test_command(folders, monkeypatch, capsys):
     for args, says in (
         (["x", "--host", "0.0.0.0"], "TPRO_NB_API_KEY"),
         (["x", "--tree", "3,a"], "--tree"),
+        (["x", "--tree", "3,4"], "--tree"),
         (["x", "--slots", "0"], "--slots"),
+        (["x", "--seconds", "nan"], "--seconds"),
+        (["x", "--seconds", "inf"], "--seconds"),
+        (["x", "--threads", "-3"], "--threads"),
         (["x", "--port", "99999"], "--port"),
         (["no/such/model", "--port", "0"], "no/such/model"),
         ([target, "--draft", draft, "--tree", "0,1,1", "--port", "0"], "tree"),

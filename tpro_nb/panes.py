@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['OPEN', 'CLOSE', 'PAGE_STYLE', 'SIDES', 'Episodes', 'StepRow', 'TokenSpan', 'drafted_nodes', 'token_spans',
            'text_of_rows', 'AnswerParts', 'answer_parts', 'answer_html', 'visible_text', 'tree_html', 'seconds_between',
-           'acceptance', 'telemetry', 'PaneSettings', 'Pane', 'pane_request', 'read_stream', 'failure_sentence',
-           'fill_pane', 'fill_panes', 'models_at', 'TokenTexts', 'LoggedSide', 'side_rows', 'episode_rows', 'Playback',
-           'ReplaySide', 'is_step', 'read_replay', 'shipped_replay', 'ReplayTarget', 'LoggedPrompt', 'logged_prompts',
-           'replay_of_run', 'session_replay']
+           'acceptance', 'telemetry', 'PaneSettings', 'Pane', 'pane_request', 'thought_of', 'read_stream',
+           'failure_sentence', 'fill_pane', 'fill_panes', 'models_at', 'TokenTexts', 'LoggedSide', 'side_rows',
+           'episode_rows', 'Playback', 'ReplaySide', 'is_step', 'read_replay', 'shipped_replay', 'ReplayTarget',
+           'LoggedPrompt', 'logged_prompts', 'replay_of_run', 'session_replay']
 
 # %% ../nbs/15e_panes.ipynb #585cb07e
 import html
@@ -297,8 +297,14 @@ def pane_request(settings: PaneSettings, prompt: str) -> dict:
     return request | dict(extra_body=extra)
 
 # %% ../nbs/15e_panes.ipynb #a95455a4
+def thought_of(delta) -> str:
+    "The thought in a delta of a server that sends it apart, under either of its names."
+    return getattr(delta, "reasoning_content", None) or getattr(delta, "reasoning", None) or ""
+
+
 def read_stream(pane: Pane, stream, start: float, patience: float) -> None:
     "Rows of a stream into a pane, until it ends or nobody has looked for `patience` seconds."
+    thinking = False
     for chunk in stream:
         if pane.cancel or time.monotonic() - pane.looked > patience:
             pane.stop()
@@ -307,7 +313,17 @@ def read_stream(pane: Pane, stream, start: float, patience: float) -> None:
             pane.tokens = chunk.usage.completion_tokens
         if getattr(chunk, "meta_info", None):
             pane.meta = chunk.meta_info
-        text = "".join(choice.delta.content or "" for choice in chunk.choices)
+        text = ""
+        for choice in chunk.choices:
+            said = choice.delta.content or ""
+            thought = thought_of(choice.delta)
+            if thought and not thinking:
+                thought = OPEN + thought
+                thinking = True
+            if said and thinking:
+                said = CLOSE + said
+                thinking = False
+            text += thought + said
         row: StepRow | None = getattr(chunk, "step", None)
         if not row and not text:
             continue

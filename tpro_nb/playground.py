@@ -673,6 +673,9 @@ def open_page(config: dict, port: int) -> subprocess.Popen:
     command += [
         "--server.address=127.0.0.1",
         f"--server.port={port}",
+        *(f"--server.allowedHosts={host}" for host in ("127.0.0.1", "localhost")),
+        "--server.enableCORS=true",
+        "--server.enableXsrfProtection=true",
         "--server.headless=true",
         "--server.fileWatcherType=none",
         "--browser.gatherUsageStats=false",

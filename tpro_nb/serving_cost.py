@@ -25,6 +25,7 @@ def greedy_body(model: str, prompt: str, new: int, stream: bool) -> dict:
         max_tokens=new,
         temperature=0,
         stream=stream,
+        separate_reasoning=False,  # all of the text in one place, to be compared
         chat_template_kwargs=dict(enable_thinking=False),
     )
 

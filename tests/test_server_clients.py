@@ -1,0 +1,608 @@
+"""What standard clients send to the server, and what they get: harmless values pass, others are
+refused by name, nothing is dropped in silence, a thought comes apart from its answer."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from openai.types import completion_create_params as plain_params
+from openai.types.chat import completion_create_params as chat_params
+from pydantic import ValidationError
+from test_server import answer, body, direct, folders, one_thread, post, svc, url  # noqa: F401
+
+import tpro_nb
+from tpro_nb import scheduler
+from tpro_nb.chat_service import (
+    NEUTRAL,
+    UNUSED,
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    field_table,
+)
+from tpro_nb.panes import Pane, PaneSettings, fill_pane, text_of_rows
+from tpro_nb.scheduler import Reply, TextStep
+from tpro_nb.sft import read_reply
+
+QWEN3 = Path(tpro_nb.__file__).parent / "tables" / "qwen3_chat_template.jinja"
+USER = dict(role="user", content="Привет")
+CALL = dict(id="1", type="function", function=dict(name="погода", arguments='{"где": "Казань"}'))
+TOOL = dict(type="function", function=dict(name="погода", parameters={}))
+
+
+def chat_request(**fields):
+    return ChatRequest(model="toy", messages=[USER], **fields)
+
+
+def refusal(response):
+    assert response.status_code == 400, response.text
+    return response.json()["error"]["message"]
+
+
+# ---------------------------------------------------------------- fields
+HARMLESS = [  # as clients send them
+    dict(tools=None, tool_choice=None, functions=None, function_call=None),
+    dict(tools=[], tool_choice="auto", parallel_tool_calls=True),
+    dict(tool_choice="none", parallel_tool_calls=False),
+    dict(response_format=dict(type="text"), modalities=["text"], verbosity="medium"),
+    dict(logit_bias={}, logprobs=False, top_logprobs=0),
+    dict(logprobs=None, top_logprobs=None, logit_bias=None),
+    dict(n=1, best_of=1, presence_penalty=0.0, frequency_penalty=0),
+    dict(repetition_penalty=1.0, length_penalty=1, min_p=0.0, min_tokens=0, typical_p=1.0),
+    dict(ignore_eos=False, seed=-1, stop_token_ids=[], skip_special_tokens=True),
+    dict(chat_template_kwargs=None, stream_options=None),
+    dict(stream_options=dict(include_usage=True, include_obfuscation=False, other=1)),
+    dict(user="я", store=True, metadata=dict(a="b"), service_tier="auto"),
+    dict(safety_identifier="x", prompt_cache_key="y", prompt_cache_retention="24h"),
+    dict(nobody_knows_this=None),
+    dict(reasoning_effort=None, separate_reasoning=None),
+    dict(stop=None, top_p=None, max_completion_tokens=None),
+]
+HARMFUL = [
+    dict(tools=[TOOL]),
+    dict(tool_choice="required"),
+    dict(tool_choice=TOOL),
+    dict(functions=[dict(name="f")]),
+    dict(response_format=dict(type="json_object")),
+    dict(response_format=dict(type="json_schema", json_schema={})),
+    dict(logit_bias={"40": 5}),
+    dict(logprobs=True),
+    dict(logprobs=0),
+    dict(top_logprobs=5),
+    dict(n=2),
+    dict(best_of=2),
+    dict(presence_penalty=0.1),
+    dict(frequency_penalty=-1),
+    dict(repetition_penalty=1.1),
+    dict(min_p=0.05),
+    dict(min_tokens=3),
+    dict(stop_token_ids=[5]),
+    dict(skip_special_tokens=False),
+    dict(guided_json={}),
+    dict(chat_template="{{ 1 }}"),
+    dict(verbosity="low"),
+    dict(modalities=["text", "audio"]),
+    dict(prompt_logprobs=1),
+    dict(tempurature=0),
+    dict(reasoning_effort="strong"),
+    dict(seed=-2),
+]
+
+
+def test_harmless_values_change_nothing(svc, url):  # noqa: F811
+    everything = {}
+    for fields in HARMLESS:
+        if "seed" not in fields:
+            assert isinstance(chat_request(**fields), ChatRequest)
+        everything |= fields
+    # no chat_template_kwargs: the default mode
+    assert answer(post(url, body() | everything)) == direct(svc, thinking=True)
+    for name in UNUSED:
+        assert chat_request(**{name: {"any": ["thing"]}}) == chat_request()
+    for name, harmless in NEUTRAL.items():
+        for value in [*harmless, None]:
+            assert chat_request(**{name: value}) == chat_request()
+
+
+@pytest.mark.parametrize("fields", HARMFUL, ids=lambda fields: f"{next(iter(fields))}")
+def test_other_values_are_refused_by_name_and_value(url, fields):  # noqa: F811
+    ((name, value),) = fields.items()
+    said = refusal(post(url, body() | fields))
+    assert said.startswith(f"{name}: ")
+    shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    assert shown[:40] in said
+
+
+def test_every_field_of_openais_interface_is_in_the_table():
+    rows = {row["field"]: row["treated"] for row in field_table()}
+    assert len(rows) == len(field_table())  # nothing twice
+    chat = chat_params.CompletionCreateParamsStreaming.__annotations__
+    plain = plain_params.CompletionCreateParamsStreaming.__annotations__
+    inherited = chat_params.CompletionCreateParamsBase.__annotations__
+    for name in {*chat, *plain, *inherited}:
+        assert name in rows, name
+    done = {name for name, treated in rows.items() if treated == "done"}
+    assert done == {*ChatRequest.model_fields, *CompletionRequest.model_fields}
+    for name, treated in rows.items():
+        if treated == "refused":
+            with pytest.raises(ValidationError, match=name):
+                chat_request(**{name: "никогда"})
+
+
+def test_effort_and_template_choose_the_mode(svc, url):  # noqa: F811
+    asked = body()
+    del asked["chat_template_kwargs"]
+    straight = direct(svc)
+    thinking = direct(svc, thinking=True)
+    assert straight != thinking
+    assert answer(post(url, asked | dict(reasoning_effort="none"))) == straight
+    for effort in (None, "low", "high"):
+        assert answer(post(url, asked | dict(reasoning_effort=effort))) == thinking
+    assert answer(post(url, asked | dict(chat_template_kwargs={}))) == thinking
+    both = dict(reasoning_effort="high", chat_template_kwargs=dict(enable_thinking=False))
+    assert answer(post(url, asked | both)) == straight
+
+
+def test_a_tiny_temperature_is_greedy(svc, url):  # noqa: F811
+    for temperature in (5e-324, 1e-40, 9e-6):
+        assert answer(post(url, body(temperature=temperature, seed=3))) == direct(svc)
+    warm = answer(post(url, body(temperature=2.0, seed=3)))
+    assert warm != direct(svc)
+    for wrong in ("NaN", "Infinity", "-1", "2.1"):
+        raw = json.dumps(body(temperature=123)).replace("123", wrong)
+        response = httpx.post(
+            f"{url}/v1/chat/completions",
+            content=raw,
+            headers={"content-type": "application/json"},
+        )
+        assert "temperature" in refusal(response)
+
+
+def test_ignore_eos_goes_on_to_the_limit(svc, url, monkeypatch):  # noqa: F811
+    first = svc.dec.generate(svc.ids([Message(**body()["messages"][0])], False), 3)
+    monkeypatch.setattr(svc.sched, "eos", [first[1]])  # what it says second ends it
+    short = post(url, body(model="toy-plain")).json()
+    assert short["usage"]["completion_tokens"] == 2
+    assert short["choices"][0]["finish_reason"] == "stop"
+    long = post(url, body(model="toy-plain", ignore_eos=True)).json()
+    assert long["usage"]["completion_tokens"] == 16
+    assert long["choices"][0]["finish_reason"] == "length"
+
+
+# ---------------------------------------------------------------- history
+def asked_with(*messages):
+    return body(messages=[USER, *messages])
+
+
+SILENT = [  # a turn, and the words of its refusal
+    (dict(role="assistant", content=None, tool_calls=[CALL]), "messages.1.tool_calls"),
+    (dict(role="assistant", content="а", tool_calls=[CALL]), "messages.1.tool_calls"),
+    (dict(role="assistant", content=None), "messages.1.content"),
+    (dict(role="assistant"), "messages.1.content"),
+    (dict(role="assistant", content=None, refusal="нет"), "messages.1.refusal"),
+    (dict(role="assistant", content="а", function_call=dict(name="f")), "messages.1.function_call"),
+    (dict(role="assistant", content="а", prefix=True), "messages.1.prefix"),
+    (dict(role="assistant", content=None, reasoning_content=7), "messages.1.reasoning_content"),
+    (dict(role="user", content="а", reasoning_content="мысль"), "messages.1.reasoning_content"),
+    (dict(role="user", content="а", tool_calls=[CALL]), "messages.1.tool_calls"),
+    (dict(role="tool", content="5", tool_call_id="1"), "role 'tool'"),
+    (dict(role="function", name="f", content="5"), "messages.1.role"),
+    (dict(role="assistant", content="а", tool_calls=[dict(id="1")]), "messages.1.tool_calls.0"),
+    (dict(role="user", content="а", weather="ясно"), "messages.1.weather"),
+    (dict(role="assistant", reasoning="а", reasoning_content="б"), "messages.1.reasoning"),
+]
+
+
+@pytest.mark.parametrize("turn, says", SILENT, ids=lambda value: str(value)[:40])
+def test_what_would_vanish_is_refused_by_name(url, turn, says):  # noqa: F811
+    assert says in refusal(post(url, asked_with(turn, USER)))
+
+
+def test_what_clients_send_back_passes(svc, url):  # noqa: F811
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    request = body()
+    extra = dict(chat_template_kwargs=request.pop("chat_template_kwargs"))
+    told = client.chat.completions.create(**request, extra_body=extra).choices[0].message
+    plain = [USER, dict(role="assistant", content=told.content), USER]
+    want = post(url, body(messages=plain)).json()["usage"]["prompt_tokens"]
+    for message in (told.model_dump(), told.model_dump(exclude_none=True), told):
+        request["messages"] = [USER, message, USER]
+        again = client.chat.completions.create(**request, extra_body=extra)
+        assert again.usage.prompt_tokens == want
+    for extra_fields in (
+        dict(audio=None, refusal=None, function_call=None, tool_calls=None),
+        dict(annotations=[], tool_calls=[], reasoning_content=None, reasoning="", name="т"),
+    ):
+        rows = [USER, plain[1] | extra_fields, USER]
+        assert post(url, body(messages=rows)).json()["usage"]["prompt_tokens"] == want
+
+
+def test_a_template_that_knows_tools_and_thoughts_gets_them(svc, url, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(svc.tok, "chat_template", QWEN3.read_text(encoding="utf-8"))
+    thought = dict(role="assistant", content=None, reasoning_content="спрошу", tool_calls=[CALL])
+    result = dict(role="tool", content="снег", tool_call_id="1")
+    prompt = svc.prompt([Message(**row) for row in (USER, thought, result)], True)
+    text = svc.tok.decode(prompt.ids)
+    for part in ("спрошу", "погода", "Казань", "<tool_response>\nснег"):
+        assert part in text
+    assert prompt.left_out == ()
+    assert post(url, asked_with(thought, result)).status_code == 200
+    # an old thought: the template's rule, and it is told
+    old = dict(role="assistant", content="да", reasoning="старое")
+    told = post(url, asked_with(old, USER)).json()
+    assert told["meta_info"]["left_out"] == ["messages.1.reasoning"]
+    assert (
+        told["usage"]["prompt_tokens"]
+        == (post(url, asked_with(dict(role="assistant", content="да"), USER)).json())["usage"][
+            "prompt_tokens"
+        ]
+    )
+
+
+def test_what_the_template_leaves_out_is_told(svc, url):  # noqa: F811
+    for turn, told in (
+        (dict(role="assistant", content="да"), None),
+        (dict(role="assistant", content=None, reasoning_content="мысль"), "reasoning_content"),
+        (dict(role="assistant", content="да", reasoning="мысль"), "reasoning"),
+        (dict(role="assistant", content="<think>мысль</think>да"), "content before </think>"),
+        (dict(role="assistant", content="цитата </think> и ещё"), "content before </think>"),
+    ):
+        meta = post(url, asked_with(turn, USER)).json()["meta_info"]
+        assert meta.get("left_out") == (told and [f"messages.1.{told}"])
+
+
+def test_many_tool_calls_take_no_longer(svc, url, monkeypatch):  # noqa: F811
+    rendered = []
+    usual = svc.tok.apply_chat_template
+
+    def counted(rows, **how):
+        rendered.append(len(rows))
+        return usual(rows, **how)
+
+    monkeypatch.setattr(svc.tok, "apply_chat_template", counted)
+    turns = [dict(role="assistant", content="а", tool_calls=[CALL])] * 100
+    assert "tool_calls" in refusal(post(url, asked_with(*turns)))
+    assert len(rendered) == 2
+
+
+@pytest.mark.parametrize("depth", [100, 900, 940, 960, 980, 990, 2000])
+def test_deep_nesting_is_refused(url, depth):  # noqa: F811
+    nested = "[" * depth + "]" * depth
+    for name in ("odd", "logit_bias", "stop", "model"):
+        raw = json.dumps(body() | {name: "deep"}).replace('"deep"', nested)
+        response = httpx.post(
+            f"{url}/v1/chat/completions",
+            content=raw,
+            headers={"content-type": "application/json"},
+        )
+        said = refusal(response)
+        assert name in said or "nested" in said
+
+
+def test_thoughts_are_offered_between_tags_too(svc, url, monkeypatch):  # noqa: F811
+    whole = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    monkeypatch.setattr(svc.tok, "chat_template", whole)
+    old = Message(role="assistant", content="да", reasoning_content="мысль")
+    prompt = svc.prompt([Message(**USER), old], True)
+    assert svc.tok.decode(prompt.ids) == "[Привет][<think>\nмысль\n</think>\n\nда]"
+    assert prompt.left_out == ()
+
+
+def test_a_template_that_drops_a_message_is_noticed(svc, url, monkeypatch):  # noqa: F811
+    users = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}\n{% endfor %}"
+    monkeypatch.setattr(svc.tok, "chat_template", users)
+    rows = [dict(role="system", content="Кратко."), USER]
+    assert "messages.0.content" in refusal(post(url, body(messages=rows)))
+    monkeypatch.setattr(svc.tok, "chat_template", "{{ raise_exception('только пары') }}")
+    assert "только пары" in refusal(post(url, body()))
+    monkeypatch.setattr(svc.tok, "chat_template", "{{ messages[0]['content'] + 5 }}")
+    assert "messages" in refusal(post(url, body()))
+    monkeypatch.setattr(svc.tok, "chat_template", None)
+    assert "one user message" in refusal(post(url, body(messages=rows)))
+    assert post(url, body()).status_code == 200
+
+
+# ---------------------------------------------------------------- thoughts and stop strings
+THOUGHT = "<think>\nРаз.\n\nВопрос: два?\n</think>\n\nОтвет: 3\n\nВопрос: 4"
+
+
+def says(svc, monkeypatch, text, a_step=1):  # noqa: F811
+    "The decoder says just this, whatever it is asked, and then ends."
+    ids = svc.tok.encode(text, add_special_tokens=False) + svc.sched.eos[:1]
+
+    def steps(dec, asked, eos=(), meta=None):
+        for start in range(0, min(len(ids), asked.new), a_step):
+            yield TextStep(ids[start : min(start + a_step, asked.new)], accepted=0)
+
+    monkeypatch.setattr(scheduler, "steps", steps)
+
+
+def message_of(response):
+    return response.json()["choices"][0]["message"]
+
+
+def streamed(url, request):  # noqa: F811
+    "The deltas of a stream, joined by field."
+    total = {}
+    for line in post(url, request | dict(stream=True)).text.split("\n\n"):
+        if not line.startswith("data: {"):
+            continue
+        for choice in json.loads(line.removeprefix("data: "))["choices"]:
+            for name, text in choice["delta"].items():
+                total[name] = total.get(name, "") + text
+    return total
+
+
+@pytest.mark.parametrize("a_step", [1, 3])
+def test_the_thought_comes_apart(svc, url, monkeypatch, a_step):  # noqa: F811
+    says(svc, monkeypatch, THOUGHT, a_step)
+    asked = body(max_tokens=200)
+    thought = THOUGHT.partition("</think>")[0].removeprefix("<think>")
+    said = THOUGHT.partition("</think>")[2]
+    got = message_of(post(url, asked))
+    assert got == dict(role="assistant", content=said, reasoning_content=thought)
+    assert streamed(url, asked) == got
+    # put together it is the model's own text: for training, and for the page
+    assert read_reply(post(url, asked).json())["response"] == THOUGHT
+    asked["separate_reasoning"] = False
+    assert message_of(post(url, asked))["content"] == THOUGHT
+    assert streamed(url, asked)["content"] == THOUGHT
+    assert "reasoning_content" not in streamed(url, asked)
+
+
+@pytest.mark.parametrize("steps", [True, False])
+def test_the_page_shows_one_text(svc, url, monkeypatch, steps):  # noqa: F811
+    says(svc, monkeypatch, THOUGHT)
+    settings = PaneSettings(url=f"{url}/v1", model="toy", mode="think", steps=steps)
+    pane = Pane(settings | dict(temperature=0.0, top_p=1.0, max_tokens=200, seed=0), "Привет")
+    fill_pane(pane)
+    assert pane.error == ""
+    assert text_of_rows(pane.rows) == THOUGHT
+
+
+@pytest.mark.parametrize(
+    "stop, content",
+    [
+        (["\n\n"], "\n\nОтвет: 3"),
+        (["Вопрос:"], "\n\nОтвет: 3\n\n"),
+        (["Раз"], "\n\nОтвет: 3\n\nВопрос: 4"),
+        (["3", "Ответ"], "\n\n"),
+    ],
+)
+def test_stop_strings_sleep_during_the_thought(svc, url, monkeypatch, stop, content):  # noqa: F811
+    says(svc, monkeypatch, THOUGHT, 2)
+    asked = body(max_tokens=200, stop=stop)
+    got = message_of(post(url, asked))
+    assert got["content"] == content
+    assert "два?" in got["reasoning_content"]
+    assert streamed(url, asked) == got
+    raw = message_of(post(url, asked | dict(separate_reasoning=False)))["content"]
+    assert raw == f"<think>{got['reasoning_content']}</think>{content}"
+
+
+def test_a_thought_that_is_cut_off(svc, url, monkeypatch):  # noqa: F811
+    says(svc, monkeypatch, THOUGHT)
+    asked = body(max_tokens=6, stop=["\n\n"])
+    told = post(url, asked).json()
+    assert told["choices"][0]["finish_reason"] == "length"
+    got = message_of(post(url, asked))
+    assert got["content"] == ""
+    assert got["reasoning_content"]
+    assert THOUGHT.startswith(read_reply(told)["response"])
+    # and it may be sent back
+    assert post(url, body(messages=[USER, got, USER])).status_code == 200
+
+
+def test_a_thought_that_the_prompt_opens(svc, url, monkeypatch):  # noqa: F811
+    opens = "{{ messages[0]['content'] }}{% if add_generation_prompt %}\n<think>\n{% endif %}"
+    monkeypatch.setattr(svc.tok, "chat_template", opens)
+    says(svc, monkeypatch, "Раз.\n\nДва.\n</think>\n\nОтвет\n\nещё")
+    got = message_of(post(url, body(max_tokens=200, stop=["\n\n"])))
+    assert got["reasoning_content"] == "Раз.\n\nДва.\n"
+    assert got["content"] == "\n\nОтвет"
+    monkeypatch.undo()
+    says(svc, monkeypatch, "Раз.\n\nДва.")  # no thought is open: a stop string is awake
+    assert message_of(post(url, body(max_tokens=200, stop=["\n\n"])))["content"] == "Раз."
+
+
+SPLIT = [  # text, stop, opened by the prompt, what is shown of it
+    (THOUGHT, ["ещё"], False, THOUGHT),
+    ("<think>x КОНЕЦ y</think>z КОНЕЦ", ["КОНЕЦ"], False, "<think>x КОНЕЦ y</think>z "),
+    ("<think>никогда КОНЕЦ", ["КОНЕЦ"], False, "<think>никогда КОНЕЦ"),
+    ("просто КОНЕЦ текст", ["КОНЕЦ"], False, "просто "),
+    ("текст <think>КОНЕЦ</think>", ["КОНЕЦ"], False, "текст <think>"),
+    ("\n <think>КОНЕЦ</think>x", ["КОНЕЦ"], False, "\n <think>КОНЕЦ</think>x"),
+    ("<think>a</think>b</think>c", ["</think>"], False, "<think>a</think>b"),
+    ("мысль</think>ответ", ["ь</"], True, "мысль</think>ответ"),
+    ("<thin", [], False, "<thin"),
+    ("<think>a</thi", [], False, "<think>a</thi"),
+    ("  ", [], False, "  "),
+    ("<think></think>", ["x"], False, "<think></think>"),
+]
+
+
+@pytest.mark.parametrize("text, stop, opened, shown", SPLIT, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_however_it_arrives_the_reply_is_the_same(text, stop, opened, shown, size):
+    reply = Reply(stop, opened)
+    rows = []
+    for start in range(0, len(text), size):
+        rows.append(reply.push(text[start : start + size], start + size >= len(text)))
+        if reply.hit:
+            break
+    assert "".join(row.text for row in rows) == shown
+    thought = "".join(row.thought for row in rows)
+    said = "".join(row.answer for row in rows)
+    tags = shown.lstrip().startswith("<think>") or opened
+    parts = shown.replace("<think>", "", 1).replace("</think>", "", 1) if tags else shown
+    assert (thought + said).strip() == parts.strip()
+
+
+# ---------------------------------------------------------------- other routes
+def test_one_model(url):  # noqa: F811
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    assert client.models.retrieve("toy-plain").id == "toy-plain"
+    with pytest.raises(openai.NotFoundError, match="toy-plain"):
+        client.models.retrieve("gpt-5")
+    assert httpx.get(f"{url}/v1/models/org/model").json()["error"]["code"] == 404
+
+
+def test_plain_completions(svc, url):  # noqa: F811
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    ids = svc.tok.encode("Мороз и")
+    own = svc.tok.decode(
+        svc.dec.generate(ids, 16, eos=svc.sched.eos, tree=(3, 2, 5)), skip_special_tokens=True
+    )
+    for prompt in ("Мороз и", ["Мороз и"], ids, [ids]):
+        told = client.completions.create(model="toy", prompt=prompt, temperature=0)
+        assert told.choices[0].text == own
+        assert told.object == "text_completion"
+        assert told.id.startswith("cmpl-")
+        assert told.usage.completion_tokens == 16  # OpenAI's default
+    harmless = dict(best_of=1, echo=False, logprobs=None, suffix=None, n=1, logit_bias={})
+    stream = client.completions.create(
+        model="toy",
+        prompt="Мороз и",
+        temperature=0,
+        stream=True,
+        stream_options=dict(include_usage=True),
+        **harmless,
+    )
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == own
+    assert chunks[-1].usage.completion_tokens == 16
+    cut = own[3:6]
+    stopped = client.completions.create(model="toy", prompt="Мороз и", temperature=0, stop=cut)
+    assert stopped.choices[0].text == own[: own.index(cut)]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        (dict(prompt=""), "prompt"),
+        (dict(prompt=[]), "prompt"),
+        (dict(prompt=["а", "б"]), "one prompt"),
+        (dict(prompt=[10**9]), "prompt"),
+        (dict(prompt=[-1]), "prompt"),
+        (dict(), "prompt"),
+        (dict(prompt="а", echo=True), "echo: true"),
+        (dict(prompt="а", logprobs=5), "logprobs: 5"),
+        (dict(prompt="а", suffix="я"), "suffix"),
+        (dict(prompt="а", best_of=3), "best_of: 3"),
+        (dict(prompt="слово " * 1000), "shorten"),
+        (dict(prompt="а", max_tokens=10**6), "room for"),
+    ],
+)
+def test_plain_completions_are_refused_by_name_too(url, fields, says):  # noqa: F811
+    response = httpx.post(f"{url}/v1/completions", json=dict(model="toy") | fields)
+    assert says in refusal(response)
+
+
+# ---------------------------------------------------------------- clients, where they are installed
+# (make test-clients installs those that are missing and runs these)
+def test_client_guidellm_bodies(svc, url):  # noqa: F811
+    "As guidellm sends them: synthetic text up to a fixed number of tokens."
+    asked = dict(
+        model="toy",
+        messages=[dict(role="user", content=[dict(type="text", text="Привет")])],
+        max_tokens=8,
+        max_completion_tokens=8,
+        ignore_eos=True,
+        stop=None,
+        stream=True,
+        stream_options=dict(include_usage=True, continuous_usage_stats=True),
+    )
+    lines = post(url, asked).text.split("\n\n")
+    assert json.loads(lines[-3].removeprefix("data: "))["usage"]["completion_tokens"] == 8
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_client_guidellm(svc, url, tmp_path):  # noqa: F811
+    pytest.importorskip("guidellm")
+    command = [sys.executable, "-m", "guidellm", "run", "--disable-progress"]
+    for option, value in (
+        ("backend", f"kind=openai_http,target={url},model=toy"),
+        ("profile", "kind=synchronous"),
+        ("constraint", "kind=max_requests,count=3"),
+        ("tokenizer", f"kind=huggingface_auto,model={svc.settings.model}"),
+        ("data", "kind=synthetic_text,prompt_tokens=40,output_tokens=8"),
+        ("output", f"kind=json,path={tmp_path}/report.json"),
+    ):
+        command += [f"--{option}", value]
+    subprocess.run(command, check=True, timeout=120, cwd=tmp_path)
+    (benchmark,) = json.loads((tmp_path / "report.json").read_text())["benchmarks"]
+    totals = benchmark["metrics"]["request_totals"]
+    assert (totals["successful"], totals["errored"]) == (3, 0)
+
+
+def test_client_lm_eval_bodies(url):  # noqa: F811
+    "As lm-eval's local-chat-completions and local-completions send them."
+    message = dict(role="user", content="2 + 2 =", type="text")
+    chat = dict(model="toy", max_tokens=8, temperature=0, stop=["\n\n"], seed=1234)
+    assert post(url, chat | dict(messages=[message])).status_code == 200
+    plain = chat | dict(prompt="2 + 2 =")
+    assert httpx.post(f"{url}/v1/completions", json=plain).status_code == 200
+    scores = dict(model="toy", prompt=[[40, 41]], max_tokens=1, logprobs=1, echo=True)
+    assert "logprobs" in refusal(httpx.post(f"{url}/v1/completions", json=scores))
+
+
+def test_client_lm_eval(url):  # noqa: F811
+    models = pytest.importorskip("lm_eval.models.openai_completions")
+    instances = pytest.importorskip("lm_eval.api.instance")
+    chat = models.LocalChatCompletion(
+        model="toy",
+        base_url=f"{url}/v1/chat/completions",
+        num_concurrent=1,
+        max_retries=1,
+        tokenizer_backend=None,
+    )
+    question = chat.apply_chat_template([dict(role="user", content="2 + 2 =")])
+    how = dict(until=["\n\n"], max_gen_toks=8, temperature=0)
+    asked = instances.Instance("generate_until", {}, (question, how), 0)
+    (text,) = chat.generate_until([asked])
+    assert isinstance(text, str)
+
+
+def test_client_litellm(url):  # noqa: F811
+    litellm = pytest.importorskip("litellm")
+    litellm.telemetry = False
+
+    def ask(messages, **more):
+        where = dict(model="openai/toy", api_base=f"{url}/v1", api_key="none", max_tokens=8)
+        return litellm.completion(messages=messages, temperature=0, **where, **more)
+
+    first = ask([USER]).choices[0].message
+    assert ask([USER, first.model_dump(), USER]).choices[0].message.content
+    streamed_text = "".join(
+        chunk.choices[0].delta.content or "" for chunk in ask([USER], stream=True)
+    )
+    assert streamed_text == first.content
+
+
+def test_client_langchain(url):  # noqa: F811
+    langchain = pytest.importorskip("langchain_openai")
+    chat = langchain.ChatOpenAI(
+        model="toy", base_url=f"{url}/v1", api_key="none", max_tokens=8, temperature=0
+    )
+    first = chat.invoke("Привет")
+    assert "".join(part.content for part in chat.stream("Привет")) == first.content
+    assert chat.invoke([("user", "Привет"), first, ("user", "Ещё")]).content
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        chat.bind_tools([TOOL]).invoke("Привет")
+    plain = langchain.OpenAI(model="toy", base_url=f"{url}/v1", api_key="none", max_tokens=8)
+    assert plain.invoke("Мороз и")
+
+
+def test_client_llm(url):  # noqa: F811
+    models = pytest.importorskip("llm.default_plugins.openai_models")
+    where = dict(key="none", model_name="toy", api_base=f"{url}/v1")
+    talk = models.Chat("toy", **where).conversation()
+    how = dict(key="none", max_tokens=8)
+    assert talk.prompt("Привет", stream=False, **how).text()
+    assert talk.prompt("Ещё", stream=True, **how).text()
+    assert models.Completion("toy", **where).prompt("Мороз и", stream=False, **how).text()
