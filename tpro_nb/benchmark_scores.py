@@ -132,7 +132,7 @@ def add_benchmark_verdicts(
 ) -> list[dict]:
     "The rows with a verdict each, by the grader that the set's answers need."
     if benchmark.answer not in ("letter", "mera"):
-        return score_samples(rows, problems)
+        return score_samples(rows, problems, language=benchmark.language)
     by_id = {problem["problem_id"]: problem for problem in problems}
     scored = []
     for row in rows:

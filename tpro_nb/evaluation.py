@@ -341,7 +341,11 @@ def sample_answers(
 SAMPLE_VERDICTS = ("correct", "wrong", "unparsed", "truncated")  # as `grader.grade` gives them
 
 
-def score_samples(rows: list[dict], problems: list[dict]) -> list[dict]:
+def score_samples(
+    rows: list[dict],
+    problems: list[dict],
+    language: str | None = "ru",  # of the problems, as in `grade`
+) -> list[dict]:
     "Rows with verdict, family, steps and wording added; a UserError where a problem is unknown."
     by_id = {problem["problem_id"]: problem for problem in problems}
     if lost := {row["problem_id"] for row in rows} - by_id.keys():
@@ -353,7 +357,7 @@ def score_samples(rows: list[dict], problems: list[dict]) -> list[dict]:
     triples = []
     for row, problem in zip(rows, asked):
         triples.append((row["response"], problem["verifiable_answer"], row["finished"]))
-    verdicts = grade_many(triples) if triples else []
+    verdicts = grade_many(triples, language=language) if triples else []
     scored = []
     for row, problem, verdict in zip(rows, asked, verdicts):
         about = {field: problem.get(field) for field in ("family", "steps", "wording")}

@@ -490,7 +490,7 @@ def graded_samples(rows: list[dict], samples: dict[str, list[str]]) -> list[list
     pairs = []
     for row, responses in zip(rows, tried):
         pairs += [(response, row["verifiable_answer"]) for response in responses]
-    return list(split_into(grade_many(pairs), map(len, tried)))
+    return list(split_into(grade_many(pairs, language="ru"), map(len, tried)))
 
 
 def by_difficulty(
