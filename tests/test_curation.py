@@ -7,6 +7,7 @@ import time
 from itertools import pairwise
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from corpus_toys import corpus, hostile, unit
 
@@ -182,3 +183,43 @@ def test_a_killed_curation_goes_on_and_gives_the_same_bytes(tmp_path):
     for name in ("out.jsonl", "book.jsonl"):
         assert (whole / name).read_bytes() == (killed / name).read_bytes()
     assert len(Kept(killed / "k.jsonl").got) == len(Kept(whole / "k.jsonl").got)
+
+
+def test_every_row_is_accounted_for_copies_too(tmp_path):
+    some = corpus(10) + rows.english_rows(rows.stdlib_docs()[:40])
+    some += [dict(row) for row in some[:20]]
+    leak = dict(id="p", text=some[-1]["messages"][0]["content"] + " Это вопрос теста.", set="test")
+    settings = curation.FunnelSettings(licences=["CC BY-SA 4.0", "PSF-2.0", "Apache-2.0"])
+    funnel, _ = curation.curate(some, LeakGuard([leak]), settings)
+    assert funnel.unaccounted() == 0
+    copies = [line for line in funnel.dropped if line["step"] == "exact"]
+    assert len(copies) == 20
+    assert all(line["met"] == line["id"] for line in copies)
+    path = curation.write_dropped(tmp_path / "dropped.parquet", funnel.dropped)
+    assert pq.read_table(path).num_rows == len(some) - len(funnel.rows)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(jaccard=70),
+        dict(diverse_share=80),
+        dict(english_pct=float("nan")),
+        dict(semantic_cosine=95),
+        dict(ifd_rows=-1),
+        dict(zone=Zone(gap_low=4, gap_high=1)),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused_by_name(wrong):
+    with pytest.raises(UserError, match="jaccard|diverse|english|cosine|ifd_rows|zpd"):
+        curation.FunnelSettings(licences=[], **wrong)
+
+
+@pytest.mark.parametrize(
+    "name, given",
+    [("endpoint", dict(per_s=0)), ("semantic", dict(cosin=0.9)), ("zpd", ["gap_low"])],
+)
+def test_dictionaries_of_settings_are_checked_inside(name, given):
+    with pytest.raises(UserError, match=name):
+        curation.check_settings(name, given)

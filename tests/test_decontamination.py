@@ -44,3 +44,29 @@ def test_a_reworded_leak_and_a_latex_leak_are_found_and_other_numbers_are_not():
     assert kept == [other]
     found = [(leak["leaked"], leak["reason"].split()[1]) for leak in report]
     assert found == [("p", "nearly"), ("l", "a")]
+
+
+def test_leaks_by_kind_and_near_misses():
+    got = decontamination.leak_kinds_benchmark(10, seed=2)
+    near_miss = got.pop("leak_near_miss_pct")
+    assert near_miss <= 0.1
+    assert min(got.values()) >= 95
+
+
+def test_a_sign_a_word_or_a_letter_is_no_leak_and_a_later_turn_is():
+    roots = "Решите уравнение x^2+5x+6=0"
+    capital = "Какой город является столицей Австралии и когда он ею стал?"
+    guard = decontamination.LeakGuard(
+        [dict(id="x", text=roots, set="test"), dict(id="c", text=capital, set="test")]
+    )
+    assert guard.find(roots.replace("+", "-")) is None
+    assert guard.find(roots + "+1") is None
+    assert guard.find(capital.replace("Австралии", "Австрии")) is None
+    dialogue = question("Привет!")
+    later = [*dialogue["messages"], dict(role="user", content=capital.replace("Какой", "какой"))]
+    answer = dict(role="assistant", content="Канберра.")
+    kept, report = decontamination.decontaminate(
+        [dialogue | dict(messages=[*later, answer])], guard
+    )
+    assert kept == []
+    assert report[0]["leaked"] == "c"

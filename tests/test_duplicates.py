@@ -75,7 +75,7 @@ def test_one_node_and_datatrove_keep_the_same_rows(tmp_path):
     docs = rows.english_rows(rows.stdlib_docs())[:400]
     rng = random.Random(0)
     texts = [rows.row_text(row) for row in docs]
-    words = sorted(set(" ".join(texts).split()))
+    words = sorted(filter(duplicates.is_plain, set(" ".join(texts).split())))
     again = [
         rows.make_row(
             row["messages"][0]["content"],
@@ -143,3 +143,105 @@ def test_endpoint_embedder_gives_unit_vectors(tmp_path):
         vectors = embed(["а", "бб"])
     assert vectors.shape == (2, 2)
     assert np.allclose(vectors[0], [0.6, 0.8], atol=1e-3)
+
+
+def test_different_problems_never_merge_and_their_copies_do():
+    pairs = duplicates.templated_pairs(60, seed=3)
+    assert len(pairs) >= 500
+    assert len({pair.kind for pair in pairs}) == 10
+    got = duplicates.false_merge_benchmark(60, seed=3)
+    assert got == dict(false_merge_pct=0, redressed_merge_pct=100)
+
+
+APART = [
+    ("x + 5 = 0", "x - 5 = 0"),
+    ("1.5 * 2", "15 * 2"),
+    ("2^10", "210"),
+    ("x < 4", "x > 4"),
+    ("C++", "C"),
+    ("a[-1]", "a[1]"),
+    ("x² + 1", "x2 + 1"),
+    ("(2+3)*4", "2+(3*4)"),
+    ("a/b", "b/a"),
+    ("Из 5 вычти 3", "Из 3 вычти 5"),
+    ("У Маши 3 яблока. У Пети 5 яблок.", "У Маши 5 яблок. У Пети 3 яблока."),
+    ("Какое число простое?", "Какое число не простое?"),
+    ("мощность 5 мВт здесь", "мощность 5 МВт здесь"),
+    ("!!!", "😀"),
+]
+TOGETHER = [
+    ("Ещё  раз: Cepгей!", "еще раз сергей"),
+    ("x − 5 = 0", "X - 5 = 0"),
+    (r"$\frac{1}{2} + \sqrt{3}$", "1/2 + √3"),
+    ("x^{2}", "x²"),
+    ("**73** штуки", "73 штуки"),
+    ("Москва — столица.", "Москва столица"),
+    ("за́мок", "замок"),
+]
+
+
+@pytest.mark.parametrize("one, other", APART)
+def test_what_means_another_thing_is_no_duplicate(one, other):
+    assert not duplicates.would_merge(one, other, threshold=0)
+
+
+@pytest.mark.parametrize("one, other", TOGETHER)
+def test_dress_does_not_count(one, other):
+    assert duplicates.text_identity(one) == duplicates.text_identity(other)
+    assert duplicates.would_merge(one, other)
+
+
+def plain_row(question: str, reply: str = "Ответ долгий, из многих слов, как бывает.") -> dict:
+    return rows.make_row(question, reply, source="s", licence="MIT", family="f", domain="Math")
+
+
+def test_the_order_of_the_input_does_not_change_the_survivors():
+    some = []
+    for number in range(30):
+        text = f"Прочитай условие и реши подробно: у Пети {number} яблок, сколько осталось?"
+        some += [plain_row(text), plain_row(text.upper()), plain_row(text + " Спасибо!")]
+    survivors = []
+    for seed in range(3):
+        random.Random(seed).shuffle(some)
+        left = duplicates.near_dedup(duplicates.exact_dedup(some)).rows
+        survivors.append({row["id"] for row in left})
+    assert survivors[0] == survivors[1] == survivors[2]
+    assert len(survivors[0]) == 30
+
+
+def test_short_answers_that_differ_are_two_rows():
+    question = "Прочитай условие внимательно и скажи одним словом, что это за город на картинке."
+    vienna, canberra = plain_row(question, "Вена"), plain_row(question + " ", "Канберра")
+    assert len(duplicates.near_dedup([vienna, canberra]).rows) == 2
+
+
+def test_short_and_wordless_texts():
+    assert duplicates.near_duplicates(["кот", "пёс", "кот"]) == [2]
+    assert duplicates.near_duplicates(["", "!!!", "😀", "🎉"]) == []
+    assert duplicates.near_duplicates([]) == []
+
+
+def test_templates_and_boilerplate_take_bounded_work():
+    templated = [
+        f"Прочитай условие и реши подробно, по шагам: у Пети {n} яблок, сколько осталось?"
+        for n in range(2000)
+    ]
+    found, seconds = duplicates.timed(lambda: duplicates.near_duplicates(templated))
+    assert found == []
+    assert seconds < 20
+
+
+def test_a_cluster_run_again_looks_at_the_rows_and_at_the_result(tmp_path):
+    pytest.importorskip("datatrove")
+    some = corpus(4)
+    source, out, work = (str(tmp_path / name) for name in ("rows.jsonl", "out.jsonl", "work"))
+
+    def run(pool) -> int:
+        write_jsonl(source, pool)
+        duplicates.cluster_dedup(source, out, work, tasks=2, workers=1)
+        return len(read_jsonl(out))
+
+    assert run(some) == len(some)
+    (tmp_path / "out.jsonl").unlink()
+    assert run(some) == len(some)
+    assert run(some[:9]) == 9

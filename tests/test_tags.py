@@ -133,3 +133,9 @@ def test_trained_tagger_knows_its_own_words_and_says_how_well():
 def test_a_tagger_is_not_trained_on_nothing():
     with pytest.raises(UserError, match="two tasks"):
         tags.trained_tagger([])
+
+
+def test_a_dump_without_english_keeps_its_russian_and_says_so():
+    russian = rows.wiktionary_rows(ENTRIES)
+    assert tags.language_mix(russian, 10) == russian
+    assert "there is 0.0 %" in tags.language_note(russian, 10)

@@ -146,7 +146,8 @@ def deal(rows: list[Row], families: list[str], sizes: ShareSizes) -> dict[str, l
     if not 0 <= sizes.open_share <= 1:
         raise UserError(f"open_share {sizes.open_share}: a share is between 0 and 1")
     pools = {family: [row for row in rows if row["family"] == family] for family in families}
-    general, pairs = map(list, partition(lambda row: row["lang"] == "ru-en", filter(is_open, rows)))
+    others = [row for row in rows if is_open(row) or row["family"] == "foreign"]
+    general, pairs = map(list, partition(lambda row: row["lang"] == "ru-en", others))
 
     sft_train = take_both_modes(pools, sizes.sft_per_family, "sft_train")
     sft_train += take(general, sizes.sft_general, "sft_train")

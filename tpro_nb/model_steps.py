@@ -23,14 +23,16 @@ from .duplicates import first_open
 from .grader import after_think, grade
 from .launch import launch
 from tpro_nb.rows import (
+    Asked,
     Outcome,
     Row,
     Turn,
-    content_id,
-    first_turn,
+    asked_turns,
+    conversation_id,
     hash_order,
     is_open,
     prompt_and_reply,
+    prompt_of,
     row_text,
     set_aside,
     with_fields,
@@ -38,8 +40,8 @@ from tpro_nb.rows import (
 
 # %% ../nbs/05e_model_steps.ipynb #e25e6223
 Translator = Callable[[list[str]], list]  # English texts → Russian ones or `Unanswered`
-Scorer = Callable[[list[tuple[str, str]]], list[float]]  # (prompt, reply) pairs → rewards
-Writer = Callable[[list[str]], list]  # prompts → lists of replies, or `Unanswered`
+Scorer = Callable[[list[tuple[Asked, str]]], list[float]]  # (prompt, reply) pairs → rewards
+Writer = Callable[[list[Asked]], list]  # prompts → lists of replies, or `Unanswered`
 
 
 def with_turns(row: Row, turns: list[Turn], how: str) -> Row:
@@ -49,7 +51,7 @@ def with_turns(row: Row, turns: list[Turn], how: str) -> Row:
         messages=turns,
         came_from=row["id"],
         changed_by=[*row.get("changed_by", []), how],
-        id=content_id(row["family"], [turn["content"] for turn in turns]),
+        id=conversation_id(row["family"], turns),
     )
 
 
@@ -196,7 +198,7 @@ def model_identity(model: str) -> str:
 
 def ifd_values(
     model: str,  # folder or hub id of a causal model
-    pairs: list[tuple[str, str]],  # instruction, answer
+    pairs: list[tuple[Asked, str]],  # instruction, answer
     kept: Kept,
     max_tokens: int = 512,  # of the answer, and of the instruction's end
     block: int = 8,
@@ -217,7 +219,7 @@ def ifd_values(
         prompts, answers = [], []
         for instruction, answer in batch:
             prompt = tok.apply_chat_template(
-                [dict(role="user", content=instruction)],
+                asked_turns(instruction),
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
@@ -245,7 +247,7 @@ def ifd_job(model: str, pairs: str, kept: str) -> dict:
 def launched_ifd(model: str, work: Path) -> Scorer:
     "Pairs → IFD, measured by `ifd_job`; its answers are kept under `work`."
 
-    def values(pairs: list[tuple[str, str]]) -> list[float]:
+    def values(pairs: list[tuple[Asked, str]]) -> list[float]:
         listed = write_jsonl(Path(work) / "ifd_pairs.jsonl", (dict(pair=pair) for pair in pairs))
         config = dict(model=model, pairs=str(listed), kept=str(Path(work) / "ifd.jsonl"))
         return launch("tpro_nb.model_steps:ifd_job", config, Path(work) / "ifd")["values"]
@@ -284,7 +286,7 @@ def scorer(name: str, kept: Kept, block: int = 8, max_tokens: int = 2048) -> Sco
         net, tok = loaded()
         rewards = []
         for prompt, reply in batch:
-            turns = [dict(role="user", content=prompt), dict(role="assistant", content=reply)]
+            turns = [*asked_turns(prompt), Turn(role="assistant", content=reply)]
             ids = tok.apply_chat_template(turns, tokenize=True, return_dict=False)[-max_tokens:]
             with torch.inference_mode():
                 logits = net(input_ids=torch.tensor([ids], device=net.device)).logits
@@ -293,7 +295,7 @@ def scorer(name: str, kept: Kept, block: int = 8, max_tokens: int = 2048) -> Sco
 
     who = f"reward {model_identity(name)}"
 
-    def score(pairs: list[tuple[str, str]]) -> list[float]:
+    def score(pairs: list[tuple[Asked, str]]) -> list[float]:
         return kept.each(who, [list(pair) for pair in pairs], make, block)
 
     return score
@@ -323,11 +325,11 @@ def writer(
 ) -> Writer:
     "Prompts → `n` sampled replies each (a list), or `Unanswered` where one is missing."
 
-    def write(prompts: list[str]) -> list:
+    def write(prompts: list[Asked]) -> list:
         bodies: list[dict] = []
         for prompt in prompts:
             request = dict(
-                messages=[dict(role="user", content=prompt)],
+                messages=asked_turns(prompt),
                 temperature=temperature,
                 max_tokens=max_tokens,
             )
@@ -342,7 +344,7 @@ def writer(
 def best_of_n(rows: list[Row], write: Writer, score: Scorer, how: str = "best of 8") -> Outcome:
     "Each row with the reply of highest reward as its answer; rows without replies set aside."
     kept, seen, rejected = [], {}, []
-    prompts = [first_turn(row) for row in rows]
+    prompts = [prompt_of(row) for row in rows]
     for row, prompt, replies in zip(rows, prompts, write(prompts)):
         if isinstance(replies, Unanswered):
             rejected.append(set_aside(row, f"teacher: {replies}"))
@@ -403,7 +405,7 @@ def zpd_select(
 ) -> Outcome:
     "Rows in the zone, each with the teacher's chosen answer; rows without replies set aside."
     kept, seen, rejected = [], {}, []
-    prompts = [first_turn(row) for row in rows]
+    prompts = [prompt_of(row) for row in rows]
     for row, prompt, taught, tried in zip(rows, prompts, teach(prompts), study(prompts)):
         if failed := first_unanswered((taught, tried)):
             rejected.append(set_aside(row, f"teacher or student: {failed}"))

@@ -79,9 +79,13 @@ def train_row(
 
 # %% ../nbs/07_sft.ipynb #111dbb23
 def turns(row: dict) -> list[dict]:
-    "A dialogue as one row for each assistant turn."
+    "A dialogue as one row for each assistant turn, but for those of weight 0."
     messages = row["messages"]
-    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [
+        place
+        for place, message in enumerate(messages)
+        if message["role"] == "assistant" and message.get("weight") != 0
+    ]
     if len(answers) < 2:
         return [row]
     rows = []

@@ -4,7 +4,8 @@
 __all__ = ['DOMAINS', 'TIERS', 'Tagger', 'Example', 'wording_patterns', 'task_of', 'subject_words', 'rule_tags', 'read_tags',
            'endpoint_tagger', 'tag_rows', 'TaskClassifier', 'wording_start', 'wording_to_keep_back', 'turns_by_task',
            'trained_tagger', 'merge_tags', 'tag_counts', 'plain_tag', 'alike_tags', 'implied_tags', 'normalise_tags',
-           'diverse_sample', 'diverse_each', 'quotas', 'balance', 'english_share', 'language_mix']
+           'diverse_sample', 'diverse_each', 'quotas', 'balance', 'english_share', 'language_mix', 'language_step',
+           'language_note']
 
 # %% ../nbs/05d_tags.ipynb #0311ca40
 import json
@@ -27,9 +28,9 @@ from tpro_nb.rows import (
     TRANSLATION_REQUESTS,
     Outcome,
     Row,
-    first_turn,
     hash_order,
     is_open,
+    question_of,
     row_text,
     set_aside,
     with_fields,
@@ -216,7 +217,7 @@ def turns_by_task(rows: list[Row], most: int) -> dict[str, list[str]]:
     for row in sorted(rows, key=hash_order):
         task = next((tag for tag in row["tags"] if tag.startswith("task:")), None)
         if task and task != "task:foreign" and len(known[task]) < most:
-            known[task].append(first_turn(row))
+            known[task].append(question_of(row))
     return known
 
 
@@ -408,23 +409,21 @@ def english_share(rows: list[Row]) -> float:
 
 
 def language_mix(rows: list[Row], pct: float) -> list[Row]:
-    "Rows in which `pct` percent of the characters are English; surplus goes from the end."
+    """Rows in which at most `pct` percent of the characters are English; surplus goes from the end.
+
+    Where English falls short, no other row goes for it."""
     sizes = [len(row_text(row)) for row in rows]
     english = sum(size for row, size in zip(rows, sizes) if row["lang"] == "en")
-    russian = sum(sizes) - english
-    if english * (100 - pct) > russian * pct:
-        surplus, target = "en", russian * pct / (100 - pct)
-    else:
-        surplus, target = "ru", english * (100 - pct) / pct if pct else russian
+    others = sum(sizes) - english
+    if english * (100 - pct) <= others * pct:
+        return rows
 
     def may_go(row: Row) -> bool:
-        return row["lang"] == surplus and is_open(row)
+        return row["lang"] == "en" and is_open(row)
 
-    used = 0  # characters on the side of the surplus; first, what may not be left out
-    for row, size in zip(rows, sizes):
-        if (row["lang"] == "en") == (surplus == "en") and not may_go(row):
-            used += size
-    room = max(target, used)
+    fixed = zip(rows, sizes)  # first, the English that may not be left out
+    used = sum(size for row, size in fixed if row["lang"] == "en" and not may_go(row))
+    room = max(others * pct / (100 - pct), used) if pct < 100 else english
     kept = []
     for row, size in zip(rows, sizes):
         if may_go(row):
@@ -433,3 +432,17 @@ def language_mix(rows: list[Row], pct: float) -> list[Row]:
             used += size
         kept.append(row)
     return kept
+
+
+def language_step(rows: list[Row], pct: float) -> Outcome:
+    "`language_mix` as a step: it saw each row's language."
+    return Outcome(language_mix(rows, pct), {row["id"]: row["lang"] for row in rows})
+
+
+def language_note(rows: list[Row], pct: float) -> str:
+    "What the language step finds: the share wanted, and whether English falls short of it."
+    share = english_share(rows)
+    note = f"{pct} % English by characters"
+    if share < pct:
+        note += f"; there is {share:.1f} %, and no other row goes for it"
+    return note
