@@ -227,7 +227,10 @@ def front_page(titles: dict[str, str], run: Path, modules: list[str], report: bo
         "",
     ]
     if report:
-        lines += ["[The run's report](report.html): the ledger, every figure, every number.", ""]
+        lines += [
+            '<a href="report.html">The run\'s report</a>: the ledger, every figure, every number.',
+            "",
+        ]
     trees = []
     for part, members in groupby(titles, key=part_of):
         names = list(members)
