@@ -1,5 +1,6 @@
 "Grader: the table written from the rules, and hostile input."
 
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -154,6 +155,38 @@ def test_a_worker_is_charged_for_its_own_time_and_not_for_the_clock():
             hog.join()
         worker.close()
     assert verdicts == {"equal"}
+
+
+# A process on a busy machine: a question already there is answered in one breath with «ready».
+HURRIED = """
+import select, sys, time
+time.sleep(0.5)
+early = select.select([sys.stdin], [], [], 0)[0]
+if early:
+    sys.stdin.readline()
+    sys.stdout.write('ready\\n"different"\\n')
+else:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    print('"different"')
+sys.stdout.flush()
+time.sleep(60)
+"""
+
+
+def test_a_worker_is_asked_only_when_it_is_ready(monkeypatch):
+    "An answer read along with «ready» is hidden from select, and the question lost."
+    worker = grader.Worker()
+    worker.patience_s = 5
+
+    def start():
+        pipe = grader.subprocess.PIPE
+        command = [sys.executable, "-c", HURRIED]
+        return grader.subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1)
+
+    monkeypatch.setattr(worker, "_start", start)
+    assert worker("1", "2") == "different"
+    worker.close()
 
 
 def test_the_comparison_counts_what_it_says():
