@@ -163,7 +163,7 @@ def forward(command: str, rest: list[str]) -> int | None:
             f"`tpro-nb {command}` cannot start: {error}. It needs the demo extra:"
             " pip install 'tpro_nb[demo]', or in a clone .venv/bin/pip install -e '.[demo]'"
         ) from error
-    start = getattr(module, f"{command}_command", None) or module.main
+    start = getattr(module, f"{command}_command")
     return start(rest)
 
 # %% ../nbs/93_cli.ipynb #bd9e1fac
