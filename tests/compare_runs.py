@@ -3,7 +3,7 @@
     python tests/compare_runs.py OLD_RUN NEW_RUN [STAGE...]
 
 Times and memory are compared by no one. A stage is known by its module's name, so `05_data` of
-one run meets `05d_data` of the other. Exit status 1 where anything differs that no clock can
+one run meets `05g_data` of the other. Exit status 1 where anything differs that no clock can
 explain; every difference is printed.
 """
 
@@ -25,7 +25,7 @@ CLOCK_PARTS = (
 
 
 def module_name(stage: str) -> str:
-    "`05d_data` → `data`."
+    "`05f_data` → `data`."
     return stage.split("_", 1)[1]
 
 

@@ -394,7 +394,7 @@ def size_of(row):
 
 
 def text_of_cell(run):
-    return read_jsonl(run / "05g_data" / "midtrain.jsonl")
+    return read_jsonl(run / "05j_data" / "midtrain.jsonl")
 
 
 def text_measured(run, speed):
@@ -446,7 +446,7 @@ def corpus(tmp_path, monkeypatch):
         out = root / params["run_dir"] / stage
         out.mkdir(parents=True, exist_ok=True)
         asked.append(SimpleNamespace(cell=out.parent.name, stage=stage, params=params))
-        if stage == "05g_data":
+        if stage == "05j_data":
             write_jsonl(out / "midtrain.jsonl", mixed_rows(params["midtrain_chars"] // 11))
         write_json(out / "metrics.json", {})
         outputs = stages.list_outputs(out)
@@ -464,7 +464,7 @@ def corpus(tmp_path, monkeypatch):
         str(tmp_path / "sweep"),
         seeds=[0],
         sweep="english",
-        changes={"05g_data": dict(midtrain_chars=6000)},
+        changes={"05j_data": dict(midtrain_chars=6000)},
     )
     return settings, asked
 
@@ -476,7 +476,7 @@ def test_a_sweep_moves_the_language_of_what_is_read_and_nothing_else(corpus):
     rows = ablate(ROOT, settings, say=silent)
     assert [row["share"] for row in rows] == pytest.approx(ENGLISH, abs=0.3)
     assert [row["chars"] for row in rows] == pytest.approx([6000] * 5, abs=20)
-    (curated,) = (call for call in asked if call.stage == "05g_data")
+    (curated,) = (call for call in asked if call.stage == "05j_data")
     assert curated.cell == "corpus"
     assert curated.params["midtrain_chars"] == 12000
     steps = {call.cell: call.params["steps"] for call in asked if call.stage == "06_midtraining"}

@@ -301,7 +301,7 @@ def test_a_loss_that_is_no_number_stops_the_training(tmp_path):
     ):
         train_midtraining(
             model_dir=str(toy("06_midtraining/model")),
-            rows_path=str(toy("05g_data/midtrain.jsonl")),
+            rows_path=str(toy("05j_data/midtrain.jsonl")),
             out=str(tmp_path / "out"),
             work=str(tmp_path / "w"),
             steps=6,
@@ -333,7 +333,7 @@ def test_a_language_without_held_out_text_is_named(tmp_path):
         tmp_path / "heldout.jsonl",
         [dict(lang="ru", text="Мороз и солнце"), dict(lang="en", text=" ")],
     )
-    with pytest.raises(UserError, match="lacks texts in en; run stage 05g_data again"):
+    with pytest.raises(UserError, match="lacks texts in en; run stage 05j_data again"):
         snippets(tmp_path / "heldout.jsonl", 5, 100)
 
 

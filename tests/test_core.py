@@ -61,7 +61,7 @@ def test_undefined_metric_is_refused(tmp_path):
 
 
 def test_licences_add_up(tmp_path):
-    run = Run("05g_data", run_dir=str(tmp_path))
+    run = Run("05j_data", run_dir=str(tmp_path))
     run.uses(a="MIT")
     run.uses(b="CC BY-SA")
     assert core.read_json(run.out / "licences.json") == dict(a="MIT", b="CC BY-SA")

@@ -109,14 +109,14 @@ def run_stage(run) -> dict[str, bytes]:
     "What the stage leaves, but for what a clock decides: name → bytes."
     (run / "04b_tmath").mkdir(parents=True)
     shutil.copy(toy("04b_tmath/protect.jsonl"), run / "04b_tmath" / "protect.jsonl")
-    notebook = project_root() / "nbs" / "05g_data.ipynb"
+    notebook = project_root() / "nbs" / "05j_data.ipynb"
     subprocess.run(
         [sys.executable, "-c", STAGE, str(notebook), str(run)],
         check=True,
         capture_output=True,
         env={**os.environ, "MPLBACKEND": "agg"},
     )
-    files = (run / "05g_data").glob("*.json*")
+    files = (run / "05j_data").glob("*.json*")
     return {file.name: file.read_bytes() for file in files if file.name != "metrics.json"}
 
 
@@ -127,5 +127,5 @@ def test_rebuild_is_byte_identical_and_shares_are_disjoint(tmp_path):
     assert {f"{name}.jsonl" for name in (*shares, "heldout")} | {"card.json"} <= set(first)
     ids = []
     for name in shares:
-        ids += [row["id"] for row in read_jsonl(tmp_path / "a" / "05g_data" / f"{name}.jsonl")]
+        ids += [row["id"] for row in read_jsonl(tmp_path / "a" / "05j_data" / f"{name}.jsonl")]
     assert len(ids) == len(set(ids)) > 50

@@ -103,7 +103,7 @@ MODELS = dict(
     reward_model="07_sft/model",
     dpo="07_sft/model",
 )
-ROWS = dict(sft="05g_data/sft_train.jsonl", midtraining="05g_data/midtrain.jsonl")
+ROWS = dict(sft="05j_data/sft_train.jsonl", midtraining="05j_data/midtrain.jsonl")
 
 
 def pairs(n: int = 10) -> list[dict]:

@@ -255,7 +255,7 @@ def test_text_that_is_read_again_and_again_is_said(big):
     (note,) = [note for note in warnings_of(big) if note.startswith(start)]
     assert "40.89 billion" in note
     assert "read 41 times, and more often" in note
-    big["05g_data"]["midtrain_chars"] = 9750 * 128 * 32_768  # four passes
+    big["05j_data"]["midtrain_chars"] = 9750 * 128 * 32_768  # four passes
     assert not any(note.startswith(start) for note in warnings_of(big))
 
 
@@ -448,16 +448,16 @@ def test_trl_configs_carry_the_stages_values(big):
 
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "h100", "h100x32"])
 def test_the_profiles_can_be_dealt(profile):
-    assert doctor.dealing(stages.load_params(ROOT, profile)["05g_data"]) == []
+    assert doctor.dealing(stages.load_params(ROOT, profile)["05j_data"]) == []
 
 
 def test_a_deal_that_cannot_be_is_refused(big):
-    assert problems_of(changed(big, "05g_data", prompts_dpo=200_000)) == [
-        "05g_data: dpo: 6667 rows asked, 4216 left."
+    assert problems_of(changed(big, "05j_data", prompts_dpo=200_000)) == [
+        "05j_data: dpo: 6667 rows asked, 4216 left."
         " Raise entries or problems_per_family, or ask for fewer."
     ]
-    first, *_ = problems_of(changed(big, "05g_data", problems_per_family=50_000))
-    assert "05g_data: cups/train has only" in first
+    first, *_ = problems_of(changed(big, "05j_data", problems_per_family=50_000))
+    assert "05j_data: cups/train has only" in first
 
 
 def test_a_training_that_one_kill_would_lose_is_said(big):

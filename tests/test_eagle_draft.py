@@ -119,7 +119,7 @@ def trained(settings, data, folder) -> dict:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     work = tmp_path_factory.mktemp("data")
-    prompts = chain_prompts(toy("05g_data/prompts.jsonl"))["train"]
+    prompts = chain_prompts(toy("05j_data/prompts.jsonl"))["train"]
     return Text(prompts, make_shards(TARGET, prompts, work, SHARDS), work)
 
 
@@ -235,7 +235,7 @@ def test_prompts_are_disjoint_and_stable():
 
 
 def test_chain_prompts_split_by_prompt():
-    chain = chain_prompts(toy("05g_data/prompts.jsonl"))
+    chain = chain_prompts(toy("05j_data/prompts.jsonl"))
     train, held, dev = ({p["prompt"] for p in chain[split]} for split in ("train", "eval", "dev"))
     assert train and held and dev
     assert not (train & held or train & dev or held & dev)

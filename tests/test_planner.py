@@ -165,7 +165,7 @@ def test_what_a_run_counted_comes_before_what_was_stated():
 
 
 def test_all_prompts_of_dpo_are_those_that_05_deals():
-    stages = {"05g_data": dict(prompts_dpo=2000), "09_dpo": dict(prompts=0, n=16, epochs=1.0)}
+    stages = {"05j_data": dict(prompts_dpo=2000), "09_dpo": dict(prompts=0, n=16, epochs=1.0)}
     assert planner.tokens_of(stages, 2140.0, 1) == {
         "dpo_sampling": (2000 * 16 * 2140, "parameters"),
         "dpo": (2000 * 2 * 2140, "parameters"),

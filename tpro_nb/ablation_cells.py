@@ -65,7 +65,7 @@ def factorial_cells() -> list[AblationCell]:
     return cells
 
 # %% ../nbs/92a_ablation_cells.ipynb #ab920010
-SURGERY, TEXT, MIDTRAINING = "02c_tokenizer_surgery", "05g_data", "06_midtraining"
+SURGERY, TEXT, MIDTRAINING = "02c_tokenizer_surgery", "05j_data", "06_midtraining"
 REWARD_MODEL, LAST_MODEL = "08_reward_model", "09_dpo"
 ANSWERS, SPEED = "10_evaluation", "14c_eagle_speedup"
 
@@ -131,7 +131,7 @@ def midtraining_tokens(
     return sum(len(encoded.ids) for encoded in tokenizer.encode_batch(texts))
 
 # %% ../nbs/92a_ablation_cells.ipynb #ab92e001
-POOL = 2  # a sweep asks chapter 05g for this many times the characters that a cell reads
+POOL = 2  # a sweep asks chapter 05j for this many times the characters that a cell reads
 
 
 def characters_of(row: dict) -> int:
@@ -167,7 +167,7 @@ def recut(
             raise UserError(
                 f"{folder.parent.name}: {english_pct:g} % English of {characters:,} characters"
                 f" needs {still_missing:,.0f} characters of {language} more than chapter 05 found."
-                " Raise 05g_data.entries, or lower 05g_data.midtrain_chars."
+                " Raise 05j_data.entries, or lower 05j_data.midtrain_chars."
             )
     write_jsonl(folder / "midtrain.jsonl", kept)
 

@@ -436,7 +436,7 @@ def trained_tokens(stage: str, params: dict[str, Parameters], step: float, cards
     "Tokens that a training reads, `step` of them at a time; None: not known."
     own, plan = params[stage], params.get("16d_claims", {})
     if stage == "09_dpo":
-        return pairs_tokens(own, params.get("05g_data", {}))
+        return pairs_tokens(own, params.get("05j_data", {}))
     by_steps = own["steps"] * step
     if by_steps or stage != "07_sft":
         return by_steps
@@ -911,7 +911,7 @@ def dealing(params: Parameters) -> list[str]:
         )
         deal(rows, params["families"], sizes)
     except UserError as e:
-        return [f"05g_data: {e}"]
+        return [f"05j_data: {e}"]
     return []
 
 # %% ../nbs/91_doctor.ipynb #2a3d29fb
@@ -948,7 +948,7 @@ def answers_asked(params: dict[str, Parameters], stage: str) -> LongAnswers:
 
     In 08 and 09 the mean length of T-Wix's rows; in 10 those to T-Math.
     """
-    own, data, here = params[stage], params.get("05g_data", {}), writers(params, stage)
+    own, data, here = params[stage], params.get("05j_data", {}), writers(params, stage)
     if stage == "10_evaluation":
         public = own["benchmark"] or params.get("04b_tmath", {}).get("benchmark")
         if "think" not in own["modes"] or not public:
@@ -989,7 +989,7 @@ def slow_writers(params: dict[str, Parameters], writings: Sequence[WeighedAnswer
 def repeated_text(planned: Sequence[Training], ordered: float) -> list[str]:
     "A note where midtraining reads its `ordered` tokens more than four times."
     return [
-        f"06_midtraining reads {training.tokens / 1e9:,.2f} billion tokens and 05g_data orders some"
+        f"06_midtraining reads {training.tokens / 1e9:,.2f} billion tokens and 05j_data orders some"
         f" {ordered / 1e9:,.2f} (midtrain_chars, four characters a token): every text is read"
         f" {training.tokens / ordered:.0f} times, and more often where fewer are left than ordered."
         " Repetition costs little up to four [Muennighoff et al. 2023]; order more text if there is"
@@ -1208,7 +1208,7 @@ def examine(
 ) -> Examination:
     "Examine a profile without running it."
     plan, base_params = params.get("16d_claims", {}), params.get("03b_base_model", {})
-    data, serving = params.get("05g_data", {}), params.get("13_serving")
+    data, serving = params.get("05j_data", {}), params.get("13_serving")
     base = base_params.get("base") or (serving or {}).get("model") or "nano"
     gpu = "H100" in plan.get("plan_device", "H100")
     card_gb = card_gb or (80.0 if gpu else environment()["ram_gb"])

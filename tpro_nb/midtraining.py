@@ -109,7 +109,7 @@ def check_think(tok, where: str = "tokenizer"):
 
 # %% ../nbs/06_midtraining.ipynb #7637c0ef
 def table11_place(row: dict) -> dict[str, str]:
-    "Category and language under which a row of chapter 05g would stand in the paper's Table 11."
+    "Category and language under which a row of chapter 05j would stand in the paper's Table 11."
     if row["mode"] == "think":
         category = "Reasoning"
     else:
@@ -212,7 +212,7 @@ def snippets(
         found[lang] = [row["text"][:chars] for row in rows if row["lang"] == lang][:n]
     lacking = [lang for lang in langs if not found[lang]]
     if lacking:
-        raise UserError(f"{path} lacks texts in {', '.join(lacking)}; run stage 05g_data again")
+        raise UserError(f"{path} lacks texts in {', '.join(lacking)}; run stage 05j_data again")
     return found
 
 

@@ -438,7 +438,7 @@ def tokens_by_parameters(
     "Tokens that every training will read, as far as the parameters tell."
     midtraining, sft = stages.get("06_midtraining"), stages.get("07_sft") or {}
     reward, dpo = stages.get("08_reward_model"), stages.get("09_dpo")
-    draft, data = stages.get("11c_eagle_draft"), stages.get("05g_data") or {}
+    draft, data = stages.get("11c_eagle_draft"), stages.get("05j_data") or {}
     tokens: dict[str, float] = {}
     if midtraining:
         tokens["midtrain"] = tokens_by_steps(midtraining, gpus, midtraining["context"])

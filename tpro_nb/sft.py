@@ -131,7 +131,7 @@ def sft_dataset(
 
     rows = list(chain.from_iterable(map(turns, rows)))
     if not rows:
-        raise UserError("no training rows: sft_train.jsonl is empty; run stage 05g_data again")
+        raise UserError("no training rows: sft_train.jsonl is empty; run stage 05j_data again")
     random.Random(seed).shuffle(rows)
     made = [train_row(tok, row, context) for row in rows]
     cut = 100 * sum(row.pop("cut") for row in made) / len(made)
@@ -141,7 +141,7 @@ def sft_dataset(
     if cut > most_cut:
         raise UserError(
             f"context {context} cuts {cut:.1f} % of {len(made)} rows, at most {most_cut:g} % "
-            "may be: raise context, or leave long rows out in 05g_data"
+            "may be: raise context, or leave long rows out in 05j_data"
         )
     return Dataset.from_list(live), cut
 

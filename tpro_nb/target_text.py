@@ -273,17 +273,17 @@ def general_prompts(
 
 # %% ../nbs/11b_target_text.ipynb #3774a5ff
 def chain_prompts(
-    path: Path | str,  # 05g_data/prompts.jsonl
+    path: Path | str,  # 05j_data/prompts.jsonl
     n_eval: int = 12,  # held-out prompts at most, and at most a quarter
     n_dev: int = 24,  # development prompts at most, and at most a sixth
 ) -> dict[str, list[TargetPrompt]]:  # train, eval, dev
-    "Prompts that chapter 05g meant for drafting, in both modes, split by prompt."
+    "Prompts that chapter 05j meant for drafting, in both modes, split by prompt."
     rows = [row for row in read_jsonl(path) if row.get("split") == "eagle"]
     rows = list({row["prompt"]: row for row in rows}.values())
     if len(rows) < 3:
         raise UserError(
             f"{path} has {len(rows)} prompts with split eagle, at least 3 are needed. "
-            "Run stage 05g_data again."
+            "Run stage 05j_data again."
         )
 
     def digest(row: dict) -> str:
