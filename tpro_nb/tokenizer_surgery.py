@@ -21,7 +21,7 @@ import tempfile
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -67,7 +67,6 @@ from tpro_nb.tokenizer_analysis import (
     language_documents,
 )
 from tpro_nb.voters import (
-    CYRILLIC_PIECE,
     DONORS,
     EIGHT,
     WordWeights,
@@ -79,11 +78,15 @@ from tpro_nb.voters import (
 )
 
 # %% ../nbs/02c_tokenizer_surgery.ipynb #4dbd258f
-CYRILLIC = re.compile(r"[\u0400-\u052f]")
+CYRILLIC = frozenset(map(chr, range(0x400, 0x530)))
 HEX_BYTE = re.compile(r"x[0-9a-fA-F]{2}")  # a byte as source code spells it: like digits
 
 
-def protected(text: str | None, special: bool = False) -> bool:
+def protected(
+    text: str | None,  # None: a part of a character
+    special: bool = False,
+    letters: Set[str] = CYRILLIC,  # of the alphabet that is to gain
+) -> bool:
     "Whether a token of this text must stay."
     if special or text is None or "�" in text:
         return True
@@ -91,19 +94,21 @@ def protected(text: str | None, special: bool = False) -> bool:
     has_letter = any(char.isalpha() for char in text)
     return (
         len(text.strip()) <= 2
-        or bool(CYRILLIC.search(text))
+        or not letters.isdisjoint(text)
         or bool(HEX_BYTE.fullmatch(text))
         or has_digit
         or not has_letter
     )
 
 
-def removable_ids(tok_json: dict) -> set[int]:
-    "Ids of the entries that are not protected."
+def removable_ids(tok_json: dict, letters: Set[str] = CYRILLIC) -> set[int]:
+    "Ids of the entries that are not protected, if the alphabet of these letters is to gain."
     special = {added["id"] for added in tok_json["added_tokens"]}
     ids = sorted(tok_json["model"]["vocab"].values())
     texts = token_text(tokenizer_from_json(tok_json), ids)
-    return {token for token, text in zip(ids, texts) if not protected(text, token in special)}
+    return {
+        token for token, text in zip(ids, texts) if not protected(text, token in special, letters)
+    }
 
 # %% ../nbs/02c_tokenizer_surgery.ipynb #44b1c912
 SMOOTH = 200.0  # uses per million words up to which a vote is nearly linear
@@ -128,9 +133,10 @@ def choose_victims(
     use: np.ndarray,  # [voters, ids], uses per million words
     n: int,  # tokens
     weight: np.ndarray | None = None,  # say of each row of `use`; None: equal
+    letters: Set[str] = CYRILLIC,  # of the alphabet that is to gain
 ) -> list[int]:  # in the order in which they go
     "The n least used removable ids; a removed leaf hands its use down to its halves."
-    free = removable_ids(tok_json)
+    free = removable_ids(tok_json, letters)
     made_of, dependants = merge_tree(tok_json)
     weight = np.ones(len(use)) if weight is None else weight
     scaled = np.ascontiguousarray(use.T) / np.float32(SMOOTH)  # [ids, voters]
@@ -218,13 +224,14 @@ class Extension:
         return True
 
 # %% ../nbs/02c_tokenizer_surgery.ipynb #f293f89e
-def good_token(spelling: str) -> bool:
-    "Whether a byte-level name is whole Cyrillic letters, at most one space first, and in NFC."
+def good_token(spelling: str, letters: Set[str] = CYRILLIC) -> bool:
+    "Whether a byte-level name is letters of the alphabet, at most one space first, and in NFC."
     try:
         text = bytes(CHAR_TO_BYTE[char] for char in spelling).decode()
     except UnicodeDecodeError:
         return False
-    return bool(CYRILLIC_PIECE.fullmatch(text)) and unicodedata.is_normalized("NFC", text)
+    word = text.removeprefix(" ")
+    return bool(word) and letters >= set(word) and unicodedata.is_normalized("NFC", text)
 
 # %% ../nbs/02c_tokenizer_surgery.ipynb #d67fd266
 def join_in(parts: list[str], left: str, right: str) -> list[str]:
@@ -276,6 +283,7 @@ def grow_vocabulary(
     tok_json: dict,  # tokenizer, victims already out
     words: WordWeights,  # by byte-level spelling
     n: int,  # tokens
+    letters: Set[str] = CYRILLIC,  # that a new token may hold
 ) -> Extension:
     "Add n reachable tokens, each time the pair with the greatest weight over the words."
     from tqdm.auto import tqdm
@@ -284,7 +292,11 @@ def grow_vocabulary(
     bar = tqdm(total=n, desc="merges", mininterval=1, disable=n < 100)
     names = sorted(words)
     pairs = PairWeights([extension.pieces(name) for name in names], [words[name] for name in names])
-    queue = [(-weight, pair) for pair, weight in pairs.total.items() if good_token("".join(pair))]
+    queue = [
+        (-weight, pair)
+        for pair, weight in pairs.total.items()
+        if good_token("".join(pair), letters)
+    ]
     heapq.heapify(queue)
     while queue and len(extension.added) < n:
         negative, pair = heapq.heappop(queue)
@@ -298,7 +310,7 @@ def grow_vocabulary(
             continue
         bar.update(1)
         for grown in pairs.join(*pair):
-            if good_token("".join(grown)):
+            if good_token("".join(grown), letters):
                 heapq.heappush(queue, (-pairs.total[grown], grown))
     bar.close()
     if len(extension.added) < n:
@@ -422,7 +434,7 @@ def donor_pool(tok_json: dict, donors: list[str] = DONORS) -> list[str]:
     "Cyrillic tokens of the vocabulary itself and of the donors, byte-level, in order of length."
     vocabularies = [tokenizer_from_json(tok_json), *map(published.vocabulary, donors)]
     names = set().union(*(tok.get_vocab() for tok in vocabularies))
-    found = [name for name in names if CYRILLIC.search(from_byte_level(name)) and good_token(name)]
+    found = [name for name in names if good_token(name)]
     return sorted(found, key=lambda name: (len(name), name))
 
 # %% ../nbs/02c_tokenizer_surgery.ipynb #2b7e9d40
