@@ -40,7 +40,6 @@ from tpro_nb.certificate import (
     OldToken,
     byte_level,
     certify,
-    from_byte_level,
     id_map,
     load_tokenizer_json,
     merges_of,
