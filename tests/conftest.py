@@ -12,6 +12,8 @@ import pytest
 
 # chapters opened by hand read toys, never a run that happens to lie here
 os.environ.setdefault("TPRO_NB_RUN", "none")
+# tests share the cores with each other
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = dict(name="python3", language="python", display_name="python3")
 

@@ -1,6 +1,7 @@
 "The speed figures: computed from events, by prompt, with the conditions they claim."
 
 import csv
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -196,6 +197,29 @@ def test_measure_runs_every_contestant_in_rotating_order(measured):
     assert info["tried"][0]["predicted"] >= info["tried"][1]["predicted"]
     assert {1, 2, 3, 5} <= {int(rows) for rows in info["forward_ms"]}
     assert {1, 2, 5} == {int(rows) for rows in info["loop_ms"]}
+
+
+def test_transformers_is_given_the_conditions_that_suit_it_best(measured):
+    "Waiting, threads, precision and guess length are all tried, and the cheapest is kept."
+    trials = [eagle_speedup.BaselineTrial(*trial) for trial in measured.info["baselines"]]
+    tried = [(trial.wait, trial.dtype, trial.lookup) for trial in trials if trial.threads == 1]
+    for wait in ("", "PASSIVE"):
+        for dtype in ("bfloat16", "float32"):
+            for lookup in eagle_speedup.LOOKUPS:
+                assert (wait, dtype, lookup) in tried
+    assert all(trial.ms_per_token > 0 for trial in trials)
+
+
+def test_a_baseline_has_an_environment_of_its_own(measured, monkeypatch):
+    "The waiting policy reaches the baseline's process, unset too, and ours keeps its own."
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    for wait in ("", "PASSIVE"):
+        conditions = eagle_speedup.BaselineConditions(wait, 1)
+        baseline = eagle_speedup.Baseline(str(measured.folder / "model"), "cpu", conditions, [])
+        found = baseline.pool.submit(os.getenv, "OMP_WAIT_POLICY", "").result()
+        baseline.close()
+        assert found == wait
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_forward_times_take_the_call_that_decoding_makes(measured, monkeypatch):
