@@ -4,12 +4,12 @@
 __all__ = ['Asked', 'QUESTIONS', 'TASK_DOMAINS', 'TOY_ENTRIES', 'TRANSLATION_REQUESTS', 'TOY_PAIRS', 'ROLES', 'THOUGHT_KEYS',
            'Turn', 'Row', 'content_id', 'conversation_id', 'hash_order', 'make_row', 'canonical_order', 'row_text',
            'question_of', 'prompt_of', 'asked_turns', 'prompt_and_reply', 'is_open', 'read_rows', 'write_rows',
-           'with_fields', 'Met', 'Outcome', 'set_aside', 'tier_of', 'entry_tags', 'DictionaryEntry', 'entry_replies',
-           'wiktionary_rows', 'sample_entries', 'Documented', 'definitions', 'stdlib_docs', 'english_rows',
-           'parallel_pairs', 'parallel_rows', 'problem_rows', 'RowFault', 'kind_of', 'joined_parts', 'neutralised',
-           'checked_answer', 'row_thought', 'read_turn', 'read_turns', 'text_error', 'read_raw', 'identifier',
-           'cyrillic_language', 'latin_language', 'language_of', 'checkable_answer', 'foreign_rows', 'licence_gate',
-           'general_rows']
+           'with_fields', 'with_turns', 'Met', 'Outcome', 'set_aside', 'tier_of', 'entry_tags', 'DictionaryEntry',
+           'entry_replies', 'wiktionary_rows', 'sample_entries', 'Documented', 'definitions', 'stdlib_docs',
+           'english_rows', 'parallel_pairs', 'parallel_rows', 'problem_rows', 'RowFault', 'kind_of', 'joined_parts',
+           'neutralised', 'checked_answer', 'row_thought', 'read_turn', 'read_turns', 'text_error', 'read_raw',
+           'identifier', 'cyrillic_language', 'latin_language', 'language_of', 'checkable_answer', 'foreign_rows',
+           'licence_gate', 'general_rows']
 
 # %% ../nbs/05a_rows.ipynb #f8cde151
 import ast
@@ -177,6 +177,17 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> Path:
 def with_fields(row: Row, **fields: Any) -> Row:
     "A copy of the row in which some fields are others."
     return cast(Row, {**row, **fields})
+
+
+def with_turns(row: Row, turns: list[Turn], how: str) -> Row:
+    "A row with other turns: a new id, the old one and the step that did it on record."
+    return with_fields(
+        row,
+        messages=turns,
+        came_from=row["id"],
+        changed_by=[*row.get("changed_by", []), how],
+        id=conversation_id(row["family"], turns),
+    )
 
 # %% ../nbs/05a_rows.ipynb #a0246147
 class Met(str):
