@@ -265,6 +265,8 @@ def test_the_older_model_outlives_a_failed_save(tmp_path, monkeypatch):
     model, tok = load_model(toy("03b_base_model/base"))
     save_model_folder(model, tok, tmp_path / "model", [7])
     was = (tmp_path / "model" / "model.safetensors").read_bytes()
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert len(modes) == 1, "weights are as readable as the other files"
     with monkeypatch.context() as patch:
         patch.setattr(type(tok), "save_pretrained", full_disk)
         with pytest.raises(OSError):

@@ -198,6 +198,8 @@ def test_save_load_and_wrong_names(tmp_path):
     draft = random_draft(tmp_path, TARGET, hot=[3, 5, 7])
     assert EagleDraft.load(tmp_path).hot_tokens.tolist() == [3, 5, 7]
     assert check_draft(tmp_path) == draft_shapes(draft.config)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1, "weights are as readable as the other files"
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.fc.bias"] = tensors.pop("fc.bias")
     save_file(tensors, tmp_path / "model.safetensors")

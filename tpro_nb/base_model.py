@@ -71,6 +71,7 @@ def smollm2() -> Path:
     fresh.load_state_dict(loaded.state_dict())
     part = folder.with_name(folder.name + ".part")
     fresh.to(torch.bfloat16).save_pretrained(part)
+    shutil.copymode(part / "config.json", part / "model.safetensors")  # was its owner's alone
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
     return folder

@@ -7,6 +7,7 @@ __all__ = ['EAGLE1_CLASS', 'EAGLE3_CLASS', 'DraftKV', 'RMSNorm', 'rotate', 'Draf
 
 # %% ../nbs/11a_draft_model.ipynb #fbac3af4
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,8 @@ class EagleDraft(nn.Module):
         os.replace(part, folder / "model.safetensors")
         write_json(folder / "hot_tokens.json", self.hot_tokens.tolist())
         write_json(folder / "config.json", self.config)
+        # safetensors writes for its owner alone
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
     @staticmethod
     def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> "EagleDraft":

@@ -207,6 +207,9 @@ def save_model_folder(model, tok, folder, rows: Sequence[int] = ()) -> None:
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     tok.save_pretrained(part)
+    for weights in part.glob("*.safetensors"):
+        # safetensors writes for its owner alone; the umask decides here as for the other files
+        shutil.copymode(part / "config.json", weights)
     if len(rows):
         write_json(part / "new_rows.json", list(rows))
     old = folder.with_name(f".{folder.name}.old")
