@@ -10,6 +10,7 @@ import pytest
 
 from tpro_nb import evaluation as ev
 from tpro_nb.core import UserError, read_jsonl, toy, toy_problems, write_jsonl
+from tpro_nb.grader import said_value
 
 
 def test_coverage_is_95_by_problem_and_less_by_answer():
@@ -105,7 +106,8 @@ def answered(*answers: tuple[str, str]) -> list[dict]:
     rows = []
     for sample, (response, verdict) in enumerate(answers):
         row = dict(problem_id="p", model="m", mode="direct", sample=sample)
-        rows.append(row | dict(response=response, verdict=verdict))
+        vote = said_value(response)
+        rows.append(row | dict(response=response, verdict=verdict, vote=vote))
     return rows
 
 

@@ -23,10 +23,10 @@ from tpro_nb.benchmark_files import (
     model_registry,
     paper_figure,
 )
-from tpro_nb.benchmark_scores import grade_letter, paired_against, rescore, submission
+from tpro_nb.benchmark_scores import paired_against, rescore, submission
 from tpro_nb.core import UserError, read_json, read_jsonl, toy_model, write_jsonl
 from tpro_nb.evaluation import ScoreInterval
-from tpro_nb.grader import grade
+from tpro_nb.grader import KeyedReply, grade, grade_letter
 from tpro_nb.harness import lm_eval_task, reply_is_right, run_lm_eval
 from tpro_nb.public_benchmarks import public_benchmarks_command
 from tpro_nb.sft import read_reply
@@ -503,7 +503,7 @@ def test_a_judge_that_does_not_decide_gives_no_verdict(said):
     ],
 )
 def test_letters(said, verdict):
-    assert grade_letter(said, "B", 4) == verdict
+    assert grade_letter(KeyedReply(said, "B", options=4)) == verdict
 
 
 @pytest.fixture(scope="module")
@@ -748,9 +748,9 @@ def test_lm_eval_by_likelihood_and_over_the_server(offline_lm_eval, served, tmp_
     assert set(scores) == {"correct"}
 
 
-def kept_reply(said: str, answer: str, options=(), family="math") -> dict:
+def kept_reply(said: str, answer: str, kind="number", options=()) -> dict:
     "One of lm-eval's samples."
-    problem = dict(verifiable_answer=answer, options=list(options), family=family)
+    problem = dict(verifiable_answer=answer, options=list(options), kind=kind, language="ru")
     return dict(doc=problem, resps=[[said]])
 
 
@@ -758,11 +758,11 @@ def test_a_free_answer_is_graded_as_everywhere():
     """exact_match of a whole reply is 0 for every model; a right box, a right number spelt
     otherwise, and a wrong thought before a right answer count."""
     second_thought = "<think>\\boxed{A}?</think>Шаги. \\boxed{B}"
-    assert reply_is_right(kept_reply(second_thought, "B", "1234"))
-    assert not reply_is_right(kept_reply("\\boxed{C}", "B", "1234"))
-    assert not reply_is_right(kept_reply("<think>\\boxed{B}", "B", "1234"))
+    assert reply_is_right(kept_reply(second_thought, "B", "letter", "1234"))
+    assert not reply_is_right(kept_reply("\\boxed{C}", "B", "letter", "1234"))
+    assert not reply_is_right(kept_reply("<think>\\boxed{B}", "B", "letter", "1234"))
     assert reply_is_right(kept_reply("Ответ: 0,5", "\\frac{1}{2}"))
-    assert reply_is_right(kept_reply("да.", "Да", family="MERA"))
+    assert reply_is_right(kept_reply("да.", "Да", "text"))
 
 
 class AnswersAfter:

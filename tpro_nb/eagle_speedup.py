@@ -654,7 +654,8 @@ def share_correct(
     for question, out in zip(asked, outs):
         text = tok.decode(out, skip_special_tokens=True)
         answers.append((text, question.problem["verifiable_answer"], out[-1] in eos))
-    return 100 * float(np.mean([verdict == "correct" for verdict in grade_many(answers)]))
+    verdicts = grade_many(answers, language="ru")  # chapter 04b's problems
+    return 100 * float(np.mean([verdict == "correct" for verdict in verdicts]))
 
 
 def invariance(

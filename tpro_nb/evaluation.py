@@ -21,7 +21,7 @@ import numpy as np
 from more_itertools import chunked, interleave_longest
 
 from .core import UserError, ratio_ci, read_jsonl, sha256
-from .grader import after_think, final_answer, grade_many, parse
+from .grader import ANSWER_KINDS, KeyedReply, grade_many
 
 # %% ../nbs/10_evaluation.ipynb #d049fb09
 class ScoreInterval(NamedTuple):
@@ -345,8 +345,9 @@ def score_samples(
     rows: list[dict],
     problems: list[dict],
     language: str | None = "ru",  # of the problems, as in `grade`
+    kind: str = "number",  # of their answers, a name in `grader.ANSWER_KINDS`
 ) -> list[dict]:
-    "Rows with verdict, family, steps and wording added; a UserError where a problem is unknown."
+    "Rows with verdict, vote, family, steps, wording; a UserError where a problem is unknown."
     by_id = {problem["problem_id"]: problem for problem in problems}
     if lost := {row["problem_id"] for row in rows} - by_id.keys():
         raise UserError(
@@ -354,14 +355,18 @@ def score_samples(
             "These samples belong to another file; score them against that one."
         )
     asked = [by_id[row["problem_id"]] for row in rows]
-    triples = []
+    replies = []
     for row, problem in zip(rows, asked):
-        triples.append((row["response"], problem["verifiable_answer"], row["finished"]))
-    verdicts = grade_many(triples, language=language) if triples else []
+        options = len(problem.get("options") or [])
+        replies.append(
+            KeyedReply(row["response"], problem["verifiable_answer"], row["finished"], options)
+        )
+    verdicts = grade_many(replies, language=language, kind=kind) if replies else []
     scored = []
     for row, problem, verdict in zip(rows, asked, verdicts):
         about = {field: problem.get(field) for field in ("family", "steps", "wording")}
-        scored.append(row | dict(verdict=verdict, **about))
+        vote = ANSWER_KINDS[kind].vote(row["response"], language)
+        scored.append(row | dict(verdict=verdict, vote=vote, **about))
     return scored
 
 
@@ -388,8 +393,7 @@ def majority(rows: list[dict], **where) -> dict[str, float]:
         ballot = ballots[row["problem_id"]]
         if row["verdict"] not in ("correct", "wrong"):
             continue
-        said = final_answer(after_think(row["response"]) or "") or ""
-        vote = repr(parse(said) or said.strip())
+        vote = row["vote"]
         ballot[vote] += 1
         right[row["problem_id"], vote] = row["verdict"] == "correct"
     won = {}

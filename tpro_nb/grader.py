@@ -13,9 +13,10 @@ __all__ = ['Member', 'Form', 'BOX', 'MOST_CLAIMS', 'LATIN_UNITS', 'DRESSING', 'L
            'OTHER_AMOUNT', 'ABOUT_ANSWER', 'OTHERS_DENIED', 'WHERE_ATTAINED', 'COURTESY', 'HENCE', 'CONFIRMED',
            'CHECKED', 'RESTATED', 'EXPLAINED', 'ANY_NUMBER', 'LONGEST_ENDING', 'LONGEST_SENTENCE', 'RETRACTION', 'BOTH',
            'ANSWER_CONDITION', 'AGREEING_DIGITS', 'common_worker', 'CompareExpressions', 'VERDICT_OF', 'NOTATIONS',
-           'after_think', 'has_trace', 'Infinity', 'Expression', 'Span', 'Quantity', 'SpanUnion', 'MemberSet',
-           'NamedValues', 'Family', 'NoSolution', 'Words', 'Matrix', 'BaseNumber', 'Ratio', 'LinearEquation', 'Box',
-           'brace_step', 'closing_brace', 'boxes', 'unboxed', 'clean', 'inside_brackets', 'plain_commas', 'with_slash',
+           'CHOICE_LETTERS', 'LATIN_LOOKS', 'OPTION_WORD', 'FIRST_LETTER', 'LONE_LETTER', 'ANSWER_KINDS', 'after_think',
+           'has_trace', 'Infinity', 'Expression', 'Span', 'Quantity', 'SpanUnion', 'MemberSet', 'NamedValues', 'Family',
+           'NoSolution', 'Words', 'Matrix', 'BaseNumber', 'Ratio', 'LinearEquation', 'Box', 'brace_step',
+           'closing_brace', 'boxes', 'unboxed', 'clean', 'inside_brackets', 'plain_commas', 'with_slash',
            'decimal_value', 'number', 'Measure', 'quantity', 'latin_letters', 'translated', 'in_radians',
            'bracket_depths', 'harmless', 'expression', 'split_outside', 'items', 'bracketed', 'set_member',
            'Unreadable', 'Cleaned', 'spellings_of', 'read_no_solution', 'read_family', 'read_quantity', 'inequality',
@@ -30,8 +31,10 @@ __all__ = ['Member', 'Form', 'BOX', 'MOST_CLAIMS', 'LATIN_UNITS', 'DRESSING', 'L
            'compare_expressions', 'serve_comparisons', 'Worker', 'as_latex', 'compare_members', 'compare_spans',
            'match_members', 'compare_quantities', 'english_thousands', 'forgotten_family', 'compare_values',
            'by_numbers', 'tight', 'one_letter', 'compare_ratios', 'compare_matrices', 'compare_words', 'with_colon',
-           'compare', 'compare_kinds', 'grade', 'grade_many', 'grader_cases', 'read_cases', 'grade_cases',
-           'GraderScore', 'accepted_by_math_verify', 'score_grader', 'compare_graders', 'compare_command']
+           'compare', 'compare_kinds', 'grade', 'KeyedReply', 'chosen_letter', 'grade_letter', 'last_words',
+           'grade_text', 'AnswerKind', 'grade_value', 'said_value', 'said_letter', 'said_words', 'grade_many',
+           'grader_cases', 'read_cases', 'grade_cases', 'GraderScore', 'accepted_by_math_verify', 'score_grader',
+           'compare_graders', 'compare_command']
 
 # %% ../nbs/04a_grader.ipynb #a4b83186
 import csv
@@ -2056,23 +2059,122 @@ def grade(
         return "correct" if int(final) == int(answer) else "wrong"
     return compare(final, answer, worker, language)
 
-# %% ../nbs/04a_grader.ipynb #d34b5f16
+# %% ../nbs/04a_grader.ipynb #b7b42449
+class KeyedReply(NamedTuple):
+    "A model's reply and what it is graded against."
+
+    response: str  # think block included
+    answer: str  # the key
+    finished: bool = True  # False: the sampler ran out of tokens
+    options: int = 0  # how many a choice had
+
+
+CHOICE_LETTERS = "ABCDEFGHIJ"
+LATIN_LOOKS = str.maketrans("АВСЕ", "ABCE")
+OPTION_WORD = re.compile(r"^(?:вариант|буква|option)\s+", re.IGNORECASE)
+FIRST_LETTER = re.compile(r"\(?([A-J])(?![A-Za-zА-яЁё0-9])")
+LONE_LETTER = re.compile(r"(?<![A-Za-zА-яЁё])[A-J](?![A-Za-zА-яЁё])")
+
+
+def chosen_letter(said: str) -> str | None:
+    "The one letter that a final answer names; None where it names none, or several."
+    bare = re.sub(r"\\text\{(.*)\}", r"\1", clean(said))
+    bare = OPTION_WORD.sub("", bare).translate(LATIN_LOOKS)
+    first = FIRST_LETTER.match(bare)
+    if not first or set(LONE_LETTER.findall(bare)) - {first[1]}:
+        return None
+    return first[1]
+
+
+def grade_letter(reply: KeyedReply, language: str | None = None, worker: Any = None) -> str:
+    "correct, wrong, unparsed or truncated, for a choice among `options` letters."
+    text = after_think(reply.response)
+    if text is None:
+        return "truncated"
+    said = final_answer(text, language, reply.finished)
+    if said is None:
+        return "unparsed" if reply.finished else "truncated"
+    letter = chosen_letter(said)
+    if letter is None or letter not in CHOICE_LETTERS[: reply.options]:
+        return "unparsed"
+    return "correct" if letter == reply.answer else "wrong"
+
+# %% ../nbs/04a_grader.ipynb #2b1f9874
+def last_words(response: str) -> str:
+    "The final answer, or all that follows the thoughts; empty where they never end."
+    text = after_think(response) or ""
+    return (final_answer(text) or text).strip()
+
+
+def grade_text(reply: KeyedReply, language: str | None = None, worker: Any = None) -> str:
+    "correct, wrong, unparsed or truncated by exact match of `last_words`, as MERA's tasks do."
+    if after_think(reply.response) is None or not reply.finished:
+        return "truncated"
+    said = last_words(reply.response).rstrip(".")
+    if not said:
+        return "unparsed"
+    return "correct" if said.casefold() == reply.answer.rstrip(".").casefold() else "wrong"
+
+# %% ../nbs/04a_grader.ipynb #8e8da998
+@dataclass(frozen=True)
+class AnswerKind:
+    "How replies to one kind of question are graded and counted."
+
+    verdict: Callable[
+        [KeyedReply, str | None, CompareExpressions | None], str
+    ]  # reply, language, worker
+    vote: Callable[[str, str | None], str]  # response, language → equal for equal answers
+
+
+def grade_value(
+    reply: KeyedReply, language: str | None = None, worker: CompareExpressions | None = None
+) -> str:
+    "`grade` for a reply whose key is a number, an expression, a set, …"
+    return grade(reply.response, reply.answer, reply.finished, worker, language)
+
+
+def said_value(response: str, language: str | None = None) -> str:
+    "The final answer as it was read; as it was written where it cannot be read."
+    said = final_answer(after_think(response) or "", language) or ""
+    return repr(parse(said, language) or said.strip())
+
+
+def said_letter(response: str, language: str | None = None) -> str:
+    "The letter that was chosen, or nothing."
+    return chosen_letter(final_answer(after_think(response) or "", language) or "") or ""
+
+
+def said_words(response: str, language: str | None = None) -> str:
+    "What `grade_text` compares."
+    return last_words(response).rstrip(".").casefold()
+
+
+ANSWER_KINDS = dict(
+    number=AnswerKind(grade_value, said_value),
+    letter=AnswerKind(grade_letter, said_letter),
+    text=AnswerKind(grade_text, said_words),
+)
+
+# %% ../nbs/04a_grader.ipynb #f997bb20
 def grade_many(
-    pairs: list[tuple],  # (response, answer) or (response, answer, finished)
+    pairs: Iterable[
+        tuple
+    ],  # each with the fields of `KeyedReply`, or the first two or three of them
     workers: int = 2,  # processes for the answers that need math-verify
     timeout_s: float = 5.0,  # of processor time for one answer
     language: str | None = None,  # as in `grade`
+    kind: str = "number",  # a name in `ANSWER_KINDS`
 ) -> list[str]:
-    "`grade` for many answers, in order."
+    "Verdicts for many replies to questions of one kind, in order."
+    verdict_of = ANSWER_KINDS[kind].verdict
+    replies = [KeyedReply(*pair) for pair in pairs]
     pool = [Worker(timeout_s) for _ in range(workers)]
-    verdicts = [""] * len(pairs)
+    verdicts = [""] * len(replies)
 
     def grade_share(first: int) -> None:
         "Every `workers`-th pair, with one worker."
-        for place in range(first, len(pairs), workers):
-            response, answer, *rest = pairs[place]
-            finished = rest[0] if rest else True
-            verdicts[place] = grade(response, answer, finished, pool[first], language)
+        for place in range(first, len(replies), workers):
+            verdicts[place] = verdict_of(replies[place], language, pool[first])
 
     try:
         with ThreadPoolExecutor(workers) as threads:

