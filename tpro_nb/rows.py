@@ -2,14 +2,14 @@
 
 # %% auto #0
 __all__ = ['Asked', 'QUESTIONS', 'TASK_DOMAINS', 'TOY_ENTRIES', 'TRANSLATION_REQUESTS', 'TOY_PAIRS', 'ROLES', 'THOUGHT_KEYS',
-           'Turn', 'Row', 'content_id', 'conversation_id', 'hash_order', 'make_row', 'canonical_order', 'row_text',
-           'question_of', 'prompt_of', 'asked_turns', 'prompt_and_reply', 'is_open', 'read_rows', 'write_rows',
-           'with_fields', 'with_turns', 'Met', 'Outcome', 'set_aside', 'tier_of', 'entry_tags', 'DictionaryEntry',
-           'entry_replies', 'wiktionary_rows', 'sample_entries', 'Documented', 'definitions', 'stdlib_docs',
-           'english_rows', 'parallel_pairs', 'parallel_rows', 'problem_rows', 'RowFault', 'kind_of', 'joined_parts',
-           'neutralised', 'checked_answer', 'row_thought', 'read_turn', 'read_turns', 'text_error', 'read_raw',
-           'identifier', 'cyrillic_language', 'latin_language', 'language_of', 'checkable_answer', 'foreign_rows',
-           'licence_gate', 'general_rows']
+           'Turn', 'Row', 'content_id', 'turn_text', 'conversation_id', 'hash_order', 'make_row', 'canonical_order',
+           'row_text', 'question_of', 'prompt_of', 'asked_turns', 'prompt_and_reply', 'is_open', 'read_rows',
+           'write_rows', 'with_fields', 'with_turns', 'Met', 'Outcome', 'set_aside', 'tier_of', 'entry_tags',
+           'DictionaryEntry', 'entry_replies', 'wiktionary_rows', 'sample_entries', 'Documented', 'definitions',
+           'stdlib_docs', 'english_rows', 'parallel_pairs', 'parallel_rows', 'problem_rows', 'RowFault', 'TurnsRead',
+           'kind_of', 'joined_parts', 'neutralised', 'checked_answer', 'row_thought', 'read_calls', 'read_turn',
+           'read_turns', 'called', 'text_error', 'read_raw', 'identifier', 'cyrillic_language', 'latin_language',
+           'language_of', 'checkable_answer', 'foreign_row', 'foreign_rows', 'licence_gate', 'general_rows']
 
 # %% ../nbs/05a_rows.ipynb #f8cde151
 import ast
@@ -35,9 +35,10 @@ from .tmath import Broken
 class Turn(TypedDict):
     "One message of a conversation."
 
-    role: str  # system, user or assistant
+    role: str  # system, user or assistant; tool where the chat template carries tools
     content: str
     weight: NotRequired[int]  # 0: read, and not trained
+    tool_calls: NotRequired[list[dict]]  # type, and function: name, arguments as json
 
 
 class Row(TypedDict):
@@ -56,6 +57,9 @@ class Row(TypedDict):
     tags: list[str]
     source: str
     licence: str
+    line: NotRequired[int]  # its place in the source, 1 for the first
+    rejected: NotRequired[str]  # of a preference pair: the answer that lost
+    tools: NotRequired[str]  # the functions that may be called, as json
     came_from: NotRequired[str]  # id of the row that a model's step wrote anew
     changed_by: NotRequired[list[str]]  # the steps that did
     neutralised: NotRequired[int]  # control tokens in its text that were made harmless
@@ -67,12 +71,20 @@ def content_id(family: str, texts: Iterable[Any]) -> str:
     return f"{family}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
+def turn_text(turn: Turn) -> str:
+    "What a turn says; the functions that it calls stand behind, as json."
+    calls = turn.get("tool_calls")
+    if not calls:
+        return turn["content"]
+    return f"{turn['content']}\n{json.dumps(calls, ensure_ascii=False)}"
+
+
 def conversation_id(family: str, turns: Iterable[Turn]) -> str:
     "Id of a conversation: of its texts where one question meets one answer, else of all of it."
     turns = list(turns)
     if [turn["role"] for turn in turns] == ["user", "assistant"]:
         return content_id(family, [turn["content"] for turn in turns])
-    return content_id(family, [[turn["role"], turn["content"]] for turn in turns])
+    return content_id(family, [[turn["role"], turn_text(turn)] for turn in turns])
 
 
 def hash_order(row: Mapping[str, Any]) -> str:
@@ -126,8 +138,11 @@ def canonical_order(rows: Sequence[Row]) -> list[int]:
 
 # %% ../nbs/05a_rows.ipynb #e0b9041f
 def row_text(row: Row) -> str:
-    "All turns, one a line."
-    return "\n".join(turn["content"] for turn in row["messages"])
+    "All turns, one a line; of a preference pair both answers."
+    texts = [turn_text(turn) for turn in row["messages"]]
+    if "rejected" in row:
+        texts.append(row["rejected"])
+    return "\n".join(texts)
 
 
 Asked = str | list[Turn]  # what a model is asked: a text, or the turns before its answer
@@ -542,6 +557,13 @@ THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
 _TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
 
 
+class TurnsRead(NamedTuple):
+    "A conversation in our schema, and how many control tokens its texts had."
+
+    turns: list[Turn]
+    tokens: int
+
+
 def kind_of(value) -> str:
     "A value's kind in the words of JSON."
     if value is None:
@@ -613,22 +635,48 @@ def row_thought(turn: dict, where: str) -> str | None:
             return thought.strip()
     return None
 
+# %% ../nbs/05a_rows.ipynb #25a00012
+def read_calls(calls, where: str) -> list[dict]:
+    "The functions that a turn calls, arguments as json text; RowFault where one has no name."
+    if not isinstance(calls, list):
+        raise RowFault(f"{where}.tool_calls: {kind_of(calls)}, not a list")
+    read = []
+    for place, call in enumerate(calls):
+        key = f"{where}.tool_calls[{place}]"
+        if not isinstance(call, dict):
+            raise RowFault(f"{key}: {kind_of(call)}, not a call")
+        function = call.get("function", call)
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name:
+            raise RowFault(f"{key}.function.name: {kind_of(name)}, not a name")
+        arguments = function.get("arguments", {})
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        read.append(dict(type="function", function=dict(name=name, arguments=arguments)))
+    return read
+
 # %% ../nbs/05a_rows.ipynb #25a00006
-def read_turn(turn, where: str) -> tuple[Turn, int]:
+def read_turn(turn: Any, where: str, tools: bool = False) -> tuple[Turn, int]:
     "One turn in our schema, and how many control tokens it had; RowFault else."
     if not isinstance(turn, dict):
         raise RowFault(f"{where}: a turn without role or content: {kind_of(turn)}")
-    role = turn.get("role")
-    if role not in ROLES:
+    role: Any = turn.get("role")
+    known = (*ROLES, "tool") if tools else ROLES
+    if role not in known:
         found = "none" if "role" not in turn else repr(role)[:60]
         raise RowFault(
             f"{where}.role: a turn without role or content that is read: {found}, not one of "
-            f"{', '.join(ROLES)}"
+            f"{', '.join(known)}"
         )
     for key in _TOOL_KEYS:
-        if turn.get(key):
+        if turn.get(key) and not tools:
             raise RowFault(f"{where}.{key}: the chat template carries no tools")
-    content = turn.get("content")
+    calls = read_calls(turn["tool_calls"], where) if turn.get("tool_calls") else []
+    if calls and role != "assistant":
+        raise RowFault(f"{where}.tool_calls: of the role {role!r}, and only assistants call")
+    content: Any = turn.get("content")
+    if content is None and calls:
+        content = ""
     if isinstance(content, list):
         content = joined_parts(content, f"{where}.content")
     thought = row_thought(turn, where)
@@ -644,12 +692,14 @@ def read_turn(turn, where: str) -> tuple[Turn, int]:
         if thought:
             if has_trace(text) and thought not in text:
                 raise RowFault(f"{where}: two thoughts, one in a field of its own")
-            if not text.strip():
+            if not text.strip() and not calls:
                 raise RowFault(f"{where}.content: a thought without an answer")
             inner, more = neutralised(thought, "user")
             tokens += more
             text = text if has_trace(text) else f"<think>\n{inner}\n</think>\n\n{text.lstrip()}"
     read = Turn(role=role, content=text)
+    if calls:
+        read["tool_calls"] = calls
     weight = turn.get("weight")
     if weight is not None:
         if isinstance(weight, bool) or weight not in (0, 1):
@@ -659,14 +709,14 @@ def read_turn(turn, where: str) -> tuple[Turn, int]:
     return read, tokens
 
 
-def read_turns(messages) -> tuple[list[Turn], int]:
-    "A conversation in our schema, and its control tokens; RowFault where it cannot be used."
+def read_turns(messages, tools: bool = False) -> TurnsRead:
+    "A conversation in our schema; RowFault where it cannot be used."
     if not isinstance(messages, list) or len(messages) < 2:
         found = f"{len(messages)} of them" if isinstance(messages, list) else kind_of(messages)
         raise RowFault(f"messages: not a list of at least two turns: {found}")
     turns, tokens = [], 0
     for place, message in enumerate(messages):
-        turn, count = read_turn(message, f"messages[{place}]")
+        turn, count = read_turn(message, f"messages[{place}]", tools)
         turns.append(turn)
         tokens += count
     while turns and turns[-1].get("weight") == 0:
@@ -691,7 +741,17 @@ def read_turns(messages) -> tuple[list[Turn], int]:
     for place, turn in enumerate(turns):
         if turn["role"] == "user" and not turn["content"].strip():
             raise RowFault(f"messages[{place}].content: a blank question")
-    return turns, tokens
+        if turn["role"] == "tool" and not called(turns[:place]):
+            raise RowFault(f"messages[{place}].role: 'tool', and nobody has called one")
+    return TurnsRead(turns, tokens)
+
+
+def called(turns: list[Turn]) -> bool:
+    "Whether a function was called since the user spoke last."
+    for turn in reversed(turns):
+        if turn.get("tool_calls") or turn["role"] != "tool":
+            return "tool_calls" in turn
+    return False
 
 
 def text_error(text: str) -> str | None:
@@ -705,8 +765,8 @@ def text_error(text: str) -> str | None:
     return None
 
 
-def read_raw(raw) -> tuple[list[Turn], int]:
-    "The turns of a foreign row, and its control tokens; RowFault where it cannot be used."
+def read_raw(raw) -> TurnsRead:
+    "The turns of a foreign row; RowFault where it cannot be used."
     if isinstance(raw, Broken):
         raise RowFault(raw.reason)
     if not isinstance(raw, dict):
@@ -714,10 +774,10 @@ def read_raw(raw) -> tuple[list[Turn], int]:
     if "messages" not in raw:
         keys = ", ".join(map(str, raw))[:80] or "none"
         raise RowFault(f"messages: not there; the row's keys: {keys}")
-    turns, tokens = read_turns(raw["messages"])
-    if reason := text_error("\n".join(turn["content"] for turn in turns)):
+    read = read_turns(raw["messages"])
+    if reason := text_error("\n".join(turn["content"] for turn in read.turns)):
         raise RowFault(reason)
-    return turns, tokens
+    return read
 
 # %% ../nbs/05a_rows.ipynb #25a00008
 _SCRIPTS = dict(  # script → its letters
@@ -809,34 +869,44 @@ def checkable_answer(raw: dict) -> str | None:
     return str(answer).strip() or None
 
 
+def foreign_row(
+    read: TurnsRead, source: str, licence: str, answer: str | None = None, line: int | None = None
+) -> Row:
+    "A conversation from outside as a row, its language and its mode told by its text."
+    turns = read.turns
+    asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+    reply = turns[-1]["content"]
+    content_words = re.findall(r"\w{6,}", asked[-1].lower())[:5]
+    row = make_row(
+        asked[-1],
+        reply,
+        source=source,
+        licence=licence,
+        family="foreign",
+        domain="General Instruct",
+        lang=language_of("\n".join(turn["content"] for turn in turns)),
+        mode="think" if has_trace(reply) else "direct",
+        tier="Student",
+        answer=answer,
+        tags=["task:foreign", *(f"about:{word[:6]}" for word in content_words)],
+    )
+    row = with_fields(row, messages=turns, id=conversation_id("foreign", turns))
+    if line is not None:
+        row = with_fields(row, line=line)
+    return with_fields(row, neutralised=read.tokens) if read.tokens else row
+
+
 def foreign_rows(raws: Iterable, source: str, licence: str) -> tuple[list[Row], list[dict]]:
     "Rows of a set such as T-Wix (messages, subset) in our schema, and the rejected ones."
     rows, rejected = [], []
     for line, raw in enumerate(raws):
         try:
-            turns, tokens = read_raw(raw)
+            read = read_raw(raw)
         except RowFault as fault:
             shown = str(raw)[:300]
             rejected.append(dict(source=source, line=line, reason=str(fault), row=shown))
             continue
-        asked = [turn["content"] for turn in turns if turn["role"] == "user"]
-        reply = turns[-1]["content"]
-        content_words = re.findall(r"\w{6,}", asked[-1].lower())[:5]
-        row = make_row(
-            asked[-1],
-            reply,
-            source=source,
-            licence=licence,
-            family="foreign",
-            domain="General Instruct",
-            lang=language_of("\n".join(turn["content"] for turn in turns)),
-            mode="think" if has_trace(reply) else "direct",
-            tier="Student",
-            answer=checkable_answer(raw),
-            tags=["task:foreign", *(f"about:{word[:6]}" for word in content_words)],
-        )
-        row = with_fields(row, messages=turns, id=conversation_id("foreign", turns))
-        rows.append(with_fields(row, neutralised=tokens) if tokens else row)
+        rows.append(foreign_row(read, source, licence, checkable_answer(raw)))
     return rows, rejected
 
 # %% ../nbs/05a_rows.ipynb #01a33445
