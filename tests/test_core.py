@@ -216,3 +216,15 @@ def test_toy_tokenizer_round_trip(text):
     tokenizer = toy_chat_tokenizer()
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_only_processes_that_share_cores_are_told_to_sleep_while_they_wait(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert "OMP_WAIT_POLICY" not in launch.child_environment(1, 2)
+    assert launch.child_environment(2, 1)["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert launch.child_environment(2, 1)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setenv("TQDM_DELAY", "0")
+    assert launch.child_environment(1, 2)["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert launch.child_environment(2, 1)["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert launch.child_environment(2, 1)["TQDM_DELAY"] == "0"

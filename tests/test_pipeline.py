@@ -549,3 +549,19 @@ def test_energy_is_read_where_there_are_counters(tmp_path):
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("2000000")
     assert cards.energy_used(before, cards.energy_counters(tmp_path)) == 4 + 95
     assert cards.energy_used({}, {}) is None
+
+
+def test_times_left_go_by_this_machines_pace():
+    "Once a minute of the reference's work has run, its seconds are scaled by what it took here."
+    guess = dict(a=50.0, b=40.0, c=100.0)
+
+    def ran(stage, seconds, state="ran"):
+        return stages.Status(stage, state, "", dict(seconds=seconds))
+
+    assert pipeline.machine_pace([ran("a", 150.0)], guess) is None
+    assert pipeline.machine_pace([ran("a", 150.0), ran("b", 30.0)], guess) == 2
+    assert pipeline.machine_pace([ran("a", 90.0), ran("b", 90.0, "current")], guess) == 2
+    assert pipeline.machine_pace([ran("a", 90.0), ran("b", 90.0, "stale")], guess) is None
+    assert pipeline.machine_pace([ran("new", 900.0)], guess) is None
+    told = pipeline._expected_time("c", ["c"], guess, 2.0)
+    assert told == "about 3:20 at this machine's pace; all that is left 3:20"

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['run_lock', 'export_all', 'execute', 'git_version', 'run_stage', 'find_stage', 'choose_stages', 'inputs_now',
-           'key_at_start', 'licences_above', 'hms', 'run_profile']
+           'key_at_start', 'licences_above', 'hms', 'machine_pace', 'run_profile']
 
 # %% ../nbs/90c_pipeline.ipynb #e4d916a5
 import difflib
@@ -237,13 +237,28 @@ def hms(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def _expected_time(stage: str, to_run: list[str], guess: dict[str, float | None]) -> str:
-    "In words: a stage's time on the reference machine, and that of all that is left."
+def machine_pace(
+    done: Iterable[Status], guess: dict[str, float | None]
+) -> float | None:  # None: less than a minute of the reference's work has run
+    "Seconds here over seconds on the reference machine, over the stages that have run."
+    here_too = ("ran", "current")
+    known = [found for found in done if found.state in here_too and guess.get(found.stage)]
+    there = sum(guess[found.stage] or 0 for found in known)
+    here = sum(found.stamp["seconds"] for found in known)
+    return here / there if there >= 60 else None
+
+
+def _expected_time(
+    stage: str, to_run: list[str], guess: dict[str, float | None], pace: float | None
+) -> str:
+    "In words: a stage's time, and that of all that is left, at this machine's pace once known."
     seconds = guess.get(stage)
     if not seconds:
         return "no earlier timing"
     left = sum(guess.get(name) or 0 for name in to_run)
-    return f"about {hms(seconds)} on the reference machine; all that is left {hms(left)}"
+    where = "on the reference machine" if pace is None else "at this machine's pace"
+    factor = pace or 1.0
+    return f"about {hms(seconds * factor)} {where}; all that is left {hms(left * factor)}"
 
 
 def run_profile(
@@ -276,7 +291,8 @@ def run_profile(
                 continue
             have = inputs_now(folder, stage, inputs, done)
             key = key_at_start(code_keys(root, params)[stage], done)
-            expected = _expected_time(stage, [s for s in wanted if s not in done], guess)
+            to_run = [name for name in wanted if name not in done]
+            expected = _expected_time(stage, to_run, guess, machine_pace(done.values(), guess))
             why = found.why or (f"{ran[0]} ran" if ran else found.state)
             say(f"{place} {stage:22} {why}; {expected}")
             inherited = licences_above(have, done)

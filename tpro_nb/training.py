@@ -4,7 +4,7 @@
 __all__ = ['OPTIMISER_FILES', 'check_sizes', 'device', 'load_model', 'vocab_matrices', 'set_specials', 'conversation_starts',
            'stack_conversations', 'attention_by_conversation', 'row_parts', 'set_attention', 'sharded', 'new_rows',
            'module_name', 'lora_config', 'trainable', 'save_model_folder', 'stored_rows', 'changed_rows',
-           'merge_and_save', 'gather_model', 'TrainerSettings', 'trainer_args', 'Watch', 'fp32_sums',
+           'merge_and_save', 'gather_model', 'TrainerSettings', 'trainer_args', 'Watch', 'LossBar', 'fp32_sums',
            'labelled_positions', 'sft_trainer', 'whole_checkpoint', 'checkpoint_step', 'last_checkpoint', 'work_key',
            'fit_folder', 'check_finite', 'fit']
 
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 
 from .core import UserError, read_json, sha256, write_json, write_jsonl
 
@@ -333,7 +334,7 @@ def trainer_args(
         max_grad_norm=settings.clip,
         use_cpu=not gpu,
         bf16=True,
-        gradient_checkpointing=gpu if settings.checkpointing is None else settings.checkpointing,
+        activation_checkpointing=gpu if settings.checkpointing is None else settings.checkpointing,
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
         save_strategy="steps",
@@ -363,6 +364,14 @@ class Watch(TrainerCallback):
             )
         if state.is_world_process_zero:
             write_jsonl(self.path, state.log_history)
+
+
+class LossBar(ProgressCallback):
+    "The trainer's bar, with the loss beside it instead of a dictionary below it."
+
+    def on_log(self, args, state, control, logs=None, **kw):
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
 
 def fp32_sums(trainer_class):
@@ -473,6 +482,8 @@ def fit(
     work = Path(work)
     work.mkdir(parents=True, exist_ok=True)
     trainer.add_callback(Watch(work / "log.jsonl"))
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LossBar)
     trainer.train(resume_from_checkpoint=last_checkpoint(work))
     check_finite(trainer.model)
     return [row for row in trainer.state.log_history if "loss" in row]
