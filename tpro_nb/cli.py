@@ -107,13 +107,13 @@ def cmd_plan(asked: Namespace):
 
 
 def cmd_certify(asked: Namespace) -> int:
-    "The certificate of a vocabulary as json; status 1 where a token is out of reach."
+    "The certificate of a vocabulary as json; status 1 where it is not what its base is."
     from tpro_nb.certificate import certify
 
     for file in (asked.tokenizer, asked.base):
         if not Path(file).exists():
             raise UserError(f"no such file: {file}")
-    certificate = certify(asked.tokenizer, asked.base)
+    certificate = certify(asked.tokenizer, asked.base, grow=asked.grow)
     print(json.dumps(certificate, ensure_ascii=False, indent=1))
     return 0 if certificate["ok"] else 1
 
@@ -230,9 +230,22 @@ def cli_parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(answer=cmd_doctor)
 
-    certify = commands.add_parser("certify", help="is every token of a tokenizer.json reachable?")
-    certify.add_argument("tokenizer")
-    certify.add_argument("--base", required=True)
+    certify = commands.add_parser(
+        "certify",
+        help="is a changed tokenizer reachable, lossless, and otherwise its base?",
+        description="Compare a changed byte-level BPE tokenizer with the one it was made from, and"
+        " print the certificate as json. Status 0: it is ok; 1: it is not, see its exceptions;"
+        " 2: a file could not be judged.",
+    )
+    certify.add_argument(
+        "tokenizer", help="the changed one: a tokenizer.json, or a folder that holds one"
+    )
+    certify.add_argument(
+        "--base", required=True, help="the original: a tokenizer.json, or a folder that holds one"
+    )
+    certify.add_argument(
+        "--grow", type=int, default=0, metavar="N", help="entries it was meant to gain; usually 0"
+    )
     certify.set_defaults(answer=cmd_certify)
 
     for command, forwarded in FORWARDED.items():

@@ -24,6 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from .certificate import name_known_class
 from .core import UserError, read_json, sha256, write_json, write_jsonl
 
 # %% ../nbs/03a_training.ipynb #b6c62d59
@@ -208,6 +209,7 @@ def save_model_folder(model, tok, folder, rows: Sequence[int] = ()) -> None:
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     tok.save_pretrained(part)
+    name_known_class(part)
     for weights in part.glob("*.safetensors"):
         # safetensors writes for its owner alone; the umask decides here as for the other files
         shutil.copymode(part / "config.json", weights)
