@@ -6,6 +6,7 @@ __all__ = ['run_lock', 'export_all', 'execute', 'git_version', 'run_stage', 'fin
 
 # %% ../nbs/90c_pipeline.ipynb #e4d916a5
 import difflib
+import logging
 import re
 import subprocess
 import sys
@@ -65,6 +66,8 @@ def _run_kernel(root: Path, stage: str, params: dict, target: Path, label: str, 
     import papermill
     from traitlets.config import Config
 
+    # papermill cannot read `float | None` and calls it unknown; names were checked before (90a)
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     progress = dict(
         desc=label,
         leave=False,
