@@ -39,10 +39,10 @@ $(VENV)/.book: $(VENV)/.done
 book: $(VENV)/.book
 	$(BIN)/python nbs/_book/build.py --run $(RUN)
 
-# nbdev-test runs every chapter on toys; pytest does the rest, the whole smoke profile through the real runner among it.
+# nbdev-test runs every chapter on toys; pytest does the rest, the whole smoke profile through the real runner among it, in two processes.
 test: env lint
 	TPRO_NB_RUN=none OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing
-	TPRO_NB_RUN=none $(BIN)/python -m pytest tests --durations=15 -rs
+	TPRO_NB_RUN=none OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -rs
 
 # lm-eval and statsmodels (multiple choice by likelihood, effects of an ablation): 30 more packages, so they are asked for by name.
 # They want older versions of some that are here, so they lie in an environment on top of this one, which stays as it is.

@@ -18,6 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNEL = dict(name="python3", language="python", display_name="python3")
 
 
+def pytest_collection_modifyitems(items):
+    "The smoke profile first: it is the longest file, and the other process does the rest meanwhile."
+    items.sort(key=lambda item: item.path.name != "test_smoke.py")
+
+
 def write_notebook(path: Path, cells: list[str]):
     "A notebook whose second cell is the parameters cell."
     made = []
