@@ -1,14 +1,12 @@
 "Public benchmarks: files that lie, endpoints that die, folders of two runs; lm-eval if installed."
 
-import json
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from stub_server import Said, Stub, asked_text
 
 from tpro_nb import public_benchmarks
 from tpro_nb.arena import arena_rates, judge_answers, read_arena_verdict
@@ -151,51 +149,7 @@ def test_options_are_shuffled_the_same_way_each_time(tmp_path):
         load_benchmark(MMLU, file(tmp_path, [listed | dict(answer="C")]))
 
 
-class Fake:
-    "An endpoint with a script: `say(body, n)` gives (status, text, finish_reason)."
-
-    def __init__(self, say):
-        self.say = say
-        self.asked = []
-
-    def completion(self, body: dict) -> tuple[int, bytes]:
-        self.asked.append(body)
-        status, text, why = self.say(body, len(self.asked))
-        message = dict(role="assistant", content=text)
-        choice = dict(index=0, message=message, finish_reason=why)
-        answer = dict(choices=[choice], usage=dict(completion_tokens=3))
-        return status, json.dumps(answer).encode()
-
-    def __enter__(self):
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                status, data = fake.completion(body)
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.name = f"http://127.0.0.1:{self.server.server_port}/v1 toy"
-        return self
-
-    def __exit__(self, *args):
-        self.server.shutdown()
-        self.server.server_close()
-
-
 FAST = dict(per_s=1e4, timeout_s=5, retries=1, wait_s=0.01, workers=1)
-
-
-def asked_text(body: dict) -> str:
-    return body["messages"][0]["content"]
 
 
 def right(body: dict) -> str:
@@ -205,11 +159,11 @@ def right(body: dict) -> str:
 
 
 def good(body, n):
-    return 200, f"<think>раз {body['seed']}</think>\\boxed{{{right(body)}}}", "stop"
+    return Said(f"<think>раз {body['seed']}</think>\\boxed{{{right(body)}}}")
 
 
 def always_two(body, n):
-    return 200, "\\boxed{2}", "stop"
+    return Said("\\boxed{2}")
 
 
 def ask_math(tmp_path, folder: str, endpoint: str, **settings) -> dict:
@@ -222,9 +176,9 @@ def score_math(tmp_path, folder: str, k: int = 0) -> tuple[dict, list[dict]]:
 
 
 def test_asks_with_distinct_seeds_keeps_raw_answers_and_scores_offline(tmp_path):
-    with Fake(good) as fake:
+    with Stub(good) as fake:
         said = ask_math(tmp_path, "run", fake.name, samples=2, seed=7, mode="direct")
-        assert said == dict(asked=12, answered=12, why={}, distinct_pct=100)
+        assert said == dict(asked=12, answered=12, refused=0, why={}, distinct_pct=100)
         assert [body["seed"] for body in fake.asked] == [7] * 6 + [8] * 6
         assert not fake.asked[0]["chat_template_kwargs"]["enable_thinking"]
         ask_math(tmp_path, "run", fake.name, samples=3, seed=7, mode="direct")
@@ -242,7 +196,7 @@ def test_asks_with_distinct_seeds_keeps_raw_answers_and_scores_offline(tmp_path)
 
 def test_killed_in_the_middle_continues(tmp_path):
     whole, killed = tmp_path / "a", tmp_path / "b"
-    with Fake(good) as fake:
+    with Stub(good) as fake:
         ask_math(tmp_path, "a", fake.name, samples=2)
         killed.mkdir()
         (killed / "run.json").write_bytes((whole / "run.json").read_bytes())
@@ -258,10 +212,10 @@ def test_killed_in_the_middle_continues(tmp_path):
 def test_an_endpoint_that_fails_half_way_is_not_averaged(tmp_path):
     def dies(body, n):
         if body["seed"] == 1 and "5 +" in asked_text(body):
-            return 503, "", "stop"
+            return Said(status=503)
         return good(body, n)
 
-    with Fake(dies) as fake:
+    with Stub(dies) as fake:
         said = ask_math(tmp_path, "run", fake.name, samples=2)
         assert said["answered"] == 11
         assert said["why"] == {"HTTP 503": 1}
@@ -290,9 +244,9 @@ ENDS = [  # text, finish_reason, verdict
 def test_four_ends_stay_apart_and_a_deaf_seed_is_seen(tmp_path):
     def in_turn(body, n):
         text, why, _ = ENDS[int(right(body)) - 1]
-        return 200, text, why
+        return Said(text, why)
 
-    with Fake(in_turn) as fake:
+    with Stub(in_turn) as fake:
         said = ask_math(tmp_path, "run", fake.name, samples=2)
     line, rows = score_math(tmp_path, "run")
     assert [row["verdict"] for row in rows][:6] == [verdict for _, _, verdict in ENDS]
@@ -302,9 +256,9 @@ def test_four_ends_stay_apart_and_a_deaf_seed_is_seen(tmp_path):
 
 def test_nonsense_is_no_answer(tmp_path):
     def endless(body, n):
-        return 200, "\\boxed{1}", None
+        return Said("\\boxed{1}", "abort")
 
-    with Fake(endless) as fake:
+    with Stub(endless) as fake:
         problems, settings = math(tmp_path)[:2], AskSettings(samples=1)
         said = ask_endpoint(MATH, problems, tmp_path / "run", fake.name, settings, **FAST)
     assert said["answered"] == 0
@@ -322,31 +276,91 @@ def test_a_thought_that_never_closes_is_truncated_even_where_the_template_opened
 
 def test_two_runs_are_never_asked_into_one_folder(tmp_path):
     problems = math(tmp_path)
-    with Fake(good) as fake:
+    with Stub(good) as fake:
 
         def go(problems=problems, name=fake.name, **settings):
             how = AskSettings(samples=1, **settings)
             return ask_endpoint(MATH, problems, tmp_path / "run", name, how, **FAST)
 
         go()
-        other_model = fake.name.replace("toy", "other")
-        other_server = fake.name.replace("/v1", "/v2")
         for change, says in (
             (dict(temperature=0.1), "temperature"),
             (dict(mode="direct"), "mode"),
             (dict(seed=5), "seed"),
-            (dict(name=other_model), "other now"),
-            (dict(name=other_server), "/v2 now"),
+            (dict(max_tokens=5), "max_tokens"),
+            (dict(stop=("Вопрос:",)), "stop"),
+            (dict(name=fake.name.replace("toy", "other")), "other now"),
+            (dict(problems=problems[1:]), "questions have changed"),
+            (dict(problems=[problems[0] | dict(question="?"), *problems[1:]]), "have changed"),
         ):
             with pytest.raises(UserError, match=says):
                 go(**change)
-        with pytest.raises(UserError, match="has changed"):
-            go([problems[0] | dict(verifiable_answer="7"), *problems[1:]])
+        assert len(fake.asked) == 6
+
+
+def test_a_run_goes_on_wherever_its_server_and_its_file_have_moved(tmp_path):
+    with Stub(good) as fake:
+        ask_math(tmp_path, "run", fake.name, samples=1)
+    (tmp_path / "elsewhere").mkdir()
+    moved = load_benchmark(MATH, file(tmp_path / "elsewhere", ROWS, "moved.jsonl"), rows=6)
+    moved[0]["verifiable_answer"] = "7"  # and a key was mended
+    with Stub(good) as other_port:
+        where = other_port.name.replace("/v1", "/proxy/v1/")
+        how = AskSettings(samples=2)
+        said = ask_endpoint(MATH, moved, tmp_path / "run", where, how, **FAST)
+        assert (said["answered"], len(other_port.asked)) == (12, 6)
+    (tmp_path / "run").rename(tmp_path / "elsewhere" / "run")
+    line, _ = rescore(MATH, moved, tmp_path / "elsewhere" / "run")
+    assert line["avg_at_k"] == pytest.approx(5 / 6)
+
+
+def test_a_refused_question_is_recorded_scored_and_not_asked_again(tmp_path):
+    def refuses_three(body, n):
+        too_long = Said(status=400, body='{"error": {"message": "слишком длинно"}}')
+        return too_long if right(body) == "3" else good(body, n)
+
+    run = tmp_path / "run"
+    with Stub(refuses_three) as fake:
+        said = ask_math(tmp_path, "run", fake.name, samples=2)
+        assert (said["answered"], said["refused"], said["why"]) == (10, 2, {})
+        assert len(fake.asked) == 12
+        ask_math(tmp_path, "run", fake.name, samples=2)
+        assert len(fake.asked) == 12
+        line, rows = score_math(tmp_path, "run")
+        assert line["avg_at_k"] == pytest.approx(5 / 6)
+        assert line["counts"]["refused"] == 2
+        assert line["counts"]["unparsed"] == line["counts"]["empty"] == 0
+        assert {row["refused"] for row in rows if "refused" in row} == {"HTTP 400: слишком длинно"}
+        (run / "refused.jsonl").unlink()
+        fake.say = good
+        assert ask_math(tmp_path, "run", fake.name, samples=2)["answered"] == 12
+
+
+def test_a_request_that_is_refused_as_such_leaves_the_folder_free(tmp_path):
+    with Stub(lambda body, n: Said(status=400, body="max_tokens > 4096")) as fake:
+        with pytest.raises(UserError, match="refuses every question.*max_tokens > 4096"):
+            ask_math(tmp_path, "run", fake.name, samples=1)
+        fake.say = good
+        said = ask_math(tmp_path, "run", fake.name, samples=1, max_tokens=4096)
+        assert (said["answered"], said["refused"]) == (6, 0)
+
+
+def test_what_is_never_answered_may_be_counted_as_not_right(tmp_path):
+    def breaks_on_five(body, n):
+        return Said(status=500) if right(body) == "5" else good(body, n)
+
+    with Stub(breaks_on_five) as fake:
+        ask_math(tmp_path, "run", fake.name, samples=1)
+    with pytest.raises(UserError, match="5 of 6 samples.*missing_is_wrong"):
+        score_math(tmp_path, "run")
+    line, _ = rescore(MATH, math(tmp_path), tmp_path / "run", missing_is_wrong=True)
+    assert line["avg_at_k"] == pytest.approx(5 / 6)
+    assert (line["counts"]["missing"], line["counts"]["truncated"]) == (1, 0)
 
 
 def test_what_cannot_be_averaged_is_refused(tmp_path):
     problems = math(tmp_path)
-    with Fake(good) as fake:
+    with Stub(good) as fake:
         ask_math(tmp_path, "run", fake.name, samples=1)
     with pytest.raises(UserError, match="other questions"):
         other = [problems[0] | dict(question="другой"), *problems[1:]]
@@ -369,9 +383,9 @@ def test_what_cannot_be_averaged_is_refused(tmp_path):
 
 def test_what_a_filter_swallowed_is_an_empty_answer_and_does_not_block_the_score(tmp_path):
     def swallows_three(body, n):
-        return (200, None, "content_filter") if right(body) == "3" else good(body, n)
+        return Said(None, "content_filter") if right(body) == "3" else good(body, n)
 
-    with Fake(swallows_three) as fake:
+    with Stub(swallows_three) as fake:
         ask_math(tmp_path, "run", fake.name, samples=1)
     line, _ = score_math(tmp_path, "run")
     assert line["correct_pct"] == pytest.approx(500 / 6)
@@ -380,7 +394,7 @@ def test_what_a_filter_swallowed_is_an_empty_answer_and_does_not_block_the_score
 
 
 def test_two_runs_are_paired_by_problem(tmp_path):
-    with Fake(good) as fake, Fake(always_two) as poor:
+    with Stub(good) as fake, Stub(always_two) as poor:
         ask_math(tmp_path, "a", fake.name, samples=1)
         ask_math(tmp_path, "b", poor.name, samples=1)
     test = paired_against(MATH, math(tmp_path), tmp_path / "a", tmp_path / "b")
@@ -404,13 +418,13 @@ def mera_row(i: int, outputs: str = "") -> dict:
 
 def test_mera_closed_answers_become_its_submission_and_open_ones_a_score(tmp_path, capsys):
     def bare(body, n):
-        return 200, f"<think>так</think>{right(body)}", "stop"
+        return Said(f"<think>так</think>{right(body)}")
 
     run = tmp_path / "run"
     closed = file(tmp_path, [mera_row(i) for i in range(3)], "BPS.jsonl")
     key = [mera_row(0, "1"), mera_row(1, "2"), mera_row(2, "2")]  # 2 + 1 is not 2
     open_split = file(tmp_path, key, "open.jsonl")
-    with Fake(bare) as fake:
+    with Stub(bare) as fake:
         args = ["MERA", closed, str(run), "--endpoint", fake.name, "--workers", "1"]
         assert public_benchmarks_command(args) == 0
         expected = [dict(outputs=str(i + 1), meta=dict(id=i + 10)) for i in range(3)]
@@ -445,19 +459,19 @@ class FairJudge:
         assert "<think>" not in text
         assert body["temperature"] == 0
         if n == 7 and self.broken:
-            return 500, "", "stop"
+            return Said(status=500)
         first = text.index("Подробно") < text.index("не знаю")
-        return 200, "Думаю: " + ("[[A>>B]]" if first else "[[B>>A]]"), "stop"
+        return Said("Думаю: " + ("[[A>>B]]" if first else "[[B>>A]]"))
 
 
 def test_a_judge_is_asked_in_both_orders_and_only_for_what_is_missing(tmp_path, capsys):
     def in_detail(body, n):
-        return 200, "<think>ход</think>Подробно: столько-то", "stop"
+        return Said("<think>ход</think>Подробно: столько-то")
 
     theirs = file(tmp_path, [baseline_row(i) for i in range(5)], "base.jsonl")
     questions = file(tmp_path, [arena_row(i) for i in range(5)], "arena.jsonl")
     run, fair, once = tmp_path / "run", FairJudge(), FAST | dict(retries=0)
-    with Fake(in_detail) as fake, Fake(fair) as judge:
+    with Stub(in_detail) as fake, Stub(fair) as judge:
         args = ["Arena-Hard-Ru", questions, str(run), "--rows", "5"]
         args += ["--endpoint", fake.name, "--workers", "1"]
         with pytest.raises(UserError, match="is judged"):
@@ -563,6 +577,7 @@ def test_a_folder_in_process(tmp_path, monkeypatch):
     assert seen["target"] == "tpro_nb.evaluation:sample_answers"
     assert seen["k"] == 2
     assert len(read_jsonl(seen["problems"])) == 6
+    write_jsonl(tmp_path / "run" / "samples.jsonl", [dict(an="answer")])
     toy_model(toy, hidden=16, layers=1, seed=1)
     with pytest.raises(UserError, match="weights"):
         ask_folder(MATH, math(tmp_path), tmp_path / "run", str(toy), "toy", settings)
@@ -580,7 +595,7 @@ def test_command_line(tmp_path, capsys):
     assert "t-tech/T-math" in capsys.readouterr().out
     with pytest.raises(UserError, match="--list"):
         public_benchmarks_command([])
-    with Fake(good) as fake:
+    with Stub(good) as fake:
         more = ["--endpoint", fake.name, "--model", "T-pro-it-2.0", "--workers", "2"]
         assert math_command(tmp_path, "run", *more) == 0
     printed = capsys.readouterr().out
@@ -593,7 +608,7 @@ def test_command_line(tmp_path, capsys):
 
 def test_command_line_pairs_two_runs_and_protects_a_score(tmp_path, capsys):
     first = tmp_path / "a"
-    with Fake(good) as fake, Fake(always_two) as poor:
+    with Stub(good) as fake, Stub(always_two) as poor:
         assert math_command(tmp_path, "a", "--endpoint", poor.name, "--workers", "1") == 0
         more = ["--endpoint", fake.name, "--workers", "1", "--against", str(first)]
         assert math_command(tmp_path, "b", *more) == 0
@@ -776,7 +791,7 @@ class AnswersAfter:
         question = body["messages"][-1]["content"].strip()
         answer = "Z" if n <= self.wrong else self.key[question]
         text = f"<think>Сперва \\boxed{{Z}}.</think>Шаги.\n\\boxed{{{answer}}}"
-        return 200, text, "stop"
+        return Said(text)
 
 
 def test_lm_eval_scores_a_right_answer_as_right(offline_lm_eval, tmp_path):
@@ -784,6 +799,6 @@ def test_lm_eval_scores_a_right_answer_as_right(offline_lm_eval, tmp_path):
     sets = ((GPQA, choices), (MATH, math(tmp_path)))
     for (benchmark, problems), wrong in product(sets, (0, 6)):
         task = lm_eval_task(benchmark, problems, tmp_path / "tasks", "generate", max_tokens=12)
-        with Fake(AnswersAfter(problems, wrong)) as fake:
+        with Stub(AnswersAfter(problems, wrong)) as fake:
             scores = run_lm_eval([task], tmp_path / "tasks", fake.name)[task]
         assert scores["correct"].mean == (not wrong)
