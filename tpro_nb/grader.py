@@ -3,38 +3,41 @@
 # %% auto #0
 __all__ = ['Member', 'Form', 'BOX', 'MOST_CLAIMS', 'LATIN_UNITS', 'DRESSING', 'LOOK_ALIKES', 'DOLLAR', 'GROUPED', 'INTEGER',
            'DECIMAL', 'MIXED', 'FRAC', 'FRAC_AND_MORE', 'MOST_DIGITS', 'UNIT_TABLE', 'CURRENCIES', 'UNITS', 'MULTIPLES',
-           'NOT_A_NOUN', 'NOT_AN_ENGLISH_NOUN', 'NUMBER_AND_UNIT', 'RUSSIAN_NAMES', 'BARE_FUNCTION', 'IN_DEGREES',
-           'FUNCTION_OF_WHAT', 'OTHER_BASE_OR_FRAC', 'RANGE', 'STRANGE', 'LARGE', 'COMMANDS', 'LONGEST_EXPRESSION',
-           'DEEPEST_EXPRESSION', 'LETTER_NOT_WORD', 'UNKNOWN_BEFORE', 'NO_SOLUTION', 'FROM_THE_RIGHT', 'BETWEEN',
-           'ALL_BUT', 'ONE_SIDED', 'MIRRORED', 'YES_OR_NO', 'BUT', 'WINNER', 'MATRIX', 'ARRAY', 'TERM',
-           'FRAC_OF_LETTER', 'READERS', 'LONGEST_WRITTEN', 'LONGEST_CLEANED', 'UNFINISHED', 'NUMERALS', 'TEENS', 'TENS',
-           'ENGLISH_NUMERALS', 'INTRODUCED', 'BOUNDS', 'ABOUT_LETTERS', 'LABEL', 'NOT_MINE', 'SENTENCE_END',
-           'TERM_BEFORE', 'HEDGES', 'HEDGED_BEFORE', 'CONTINUATIONS', 'GOES_ON', 'TERM_AFTER', 'UNIT_AFTER', 'DENIAL',
-           'OTHER_AMOUNT', 'ABOUT_ANSWER', 'OTHERS_DENIED', 'WHERE_ATTAINED', 'COURTESY', 'HENCE', 'CONFIRMED',
-           'CHECKED', 'RESTATED', 'EXPLAINED', 'ANY_NUMBER', 'LONGEST_ENDING', 'LONGEST_SENTENCE', 'RETRACTION', 'BOTH',
-           'ANSWER_CONDITION', 'AGREEING_DIGITS', 'common_worker', 'CompareExpressions', 'VERDICT_OF', 'NOTATIONS',
-           'CHOICE_LETTERS', 'LATIN_LOOKS', 'OPTION_WORD', 'FIRST_LETTER', 'LONE_LETTER', 'ANSWER_KINDS', 'after_think',
-           'has_trace', 'Infinity', 'Expression', 'Span', 'Quantity', 'SpanUnion', 'MemberSet', 'NamedValues', 'Family',
+           'NOT_A_NOUN', 'NOT_AN_ENGLISH_NOUN', 'NUMBER_AND_UNIT', 'WORDS_OF_A_UNIT', 'RUSSIAN_NAMES', 'BARE_FUNCTION',
+           'IN_DEGREES', 'FUNCTION_OF_WHAT', 'OTHER_BASE_OR_FRAC', 'RANGE', 'STRANGE', 'LARGE', 'COMMANDS',
+           'LONGEST_EXPRESSION', 'DEEPEST_EXPRESSION', 'LETTER_NOT_WORD', 'UNKNOWN_BEFORE', 'NO_SOLUTION',
+           'FROM_THE_RIGHT', 'BETWEEN', 'ALL_BUT', 'ONE_SIDED', 'MIRRORED', 'YES_OR_NO', 'BUT', 'WINNER', 'MATRIX',
+           'ARRAY', 'TERM', 'FRAC_OF_LETTER', 'READERS', 'LONGEST_WRITTEN', 'LONGEST_CLEANED', 'UNFINISHED', 'NUMERALS',
+           'TEENS', 'TENS', 'ENGLISH_NUMERALS', 'INTRODUCED', 'BOUNDS', 'ABOUT_LETTERS', 'REMARK', 'HARMLESS_REMARK',
+           'LABEL', 'NOT_MINE', 'SENTENCE_END', 'TERM_BEFORE', 'HEDGES', 'HEDGED_BEFORE', 'CONTINUATIONS', 'GOES_ON',
+           'TERM_AFTER', 'UNIT_AFTER', 'DENIAL', 'OTHER_AMOUNT', 'ABOUT_ANSWER', 'OTHERS_DENIED', 'WHERE_ATTAINED',
+           'COURTESY', 'HENCE', 'CONFIRMED', 'CHECKED', 'RESTATED', 'EXPLAINED', 'ANY_NUMBER', 'LONGEST_ENDING',
+           'LONGEST_SENTENCE', 'EQUATION', 'POWER', 'IT_HOLDS', 'RETRACTION', 'BOTH', 'ANSWER_CONDITION',
+           'AGREEING_DIGITS', 'common_worker', 'CompareExpressions', 'VERDICT_OF', 'NOTATIONS', 'CHOICE_LETTERS',
+           'LATIN_LOOKS', 'OPTION_WORD', 'FIRST_LETTER', 'LONE_LETTER', 'ANSWER_KINDS', 'after_think', 'has_trace',
+           'Infinity', 'Expression', 'Span', 'Quantity', 'Measured', 'SpanUnion', 'MemberSet', 'NamedValues', 'Family',
            'NoSolution', 'Words', 'Matrix', 'BaseNumber', 'Ratio', 'LinearEquation', 'Box', 'brace_step',
            'closing_brace', 'boxes', 'unboxed', 'clean', 'inside_brackets', 'plain_commas', 'with_slash',
-           'decimal_value', 'number', 'Measure', 'quantity', 'latin_letters', 'translated', 'in_radians',
-           'bracket_depths', 'harmless', 'expression', 'split_outside', 'items', 'bracketed', 'set_member',
-           'Unreadable', 'Cleaned', 'spellings_of', 'read_no_solution', 'read_family', 'read_quantity', 'inequality',
-           'on_the_line', 'by_beginning', 'touch', 'union', 'read_inequality', 'letter_before', 'member_set',
-           'in_braces', 'read_set', 'intervals', 'read_union', 'read_whole_line', 'read_span', 'read_two_roots',
-           'read_plus_minus', 'read_list', 'read_yes_or_no', 'read_words', 'read_expression', 'read_base_number',
-           'read_ratio', 'read_from_to', 'matrix_entry', 'read_matrix', 'linear_terms', 'linear_equation', 'numeral',
-           'without_words', 'parse', 'AnswerClaim', 'without_markdown', 'line_at', 'labelled_claims', 'claims_in',
-           'any_of', 'stands_alone', 'with_unit', 'whole_words', 'numbers_in', 'holds', 'denies', 'harmless_sentence',
-           'contradicted', 'same_claim', 'under_condition', 'value_before_box', 'said_in_box', 'behind', 'bare_answer',
-           'final_answer', 'exact_decimals', 'misread', 'group_at', 'restrictions', 'has_letters', 'restricted_factors',
-           'compare_expressions', 'serve_comparisons', 'Worker', 'as_latex', 'compare_members', 'compare_spans',
-           'match_members', 'compare_quantities', 'english_thousands', 'forgotten_family', 'compare_values',
-           'by_numbers', 'tight', 'one_letter', 'compare_ratios', 'compare_matrices', 'compare_words', 'with_colon',
-           'compare', 'compare_kinds', 'grade', 'KeyedReply', 'chosen_letter', 'grade_letter', 'last_words',
-           'grade_text', 'AnswerKind', 'grade_value', 'said_value', 'said_letter', 'said_words', 'grade_many',
-           'grader_cases', 'read_cases', 'grade_cases', 'GraderScore', 'accepted_by_math_verify', 'score_grader',
-           'compare_graders', 'compare_command']
+           'decimal_value', 'number', 'Measure', 'unit_measure', 'quantity', 'cut_unit', 'latin_letters', 'translated',
+           'in_radians', 'bracket_depths', 'harmless', 'expression', 'split_outside', 'items', 'bracketed',
+           'set_member', 'Unreadable', 'Cleaned', 'spellings_of', 'read_no_solution', 'read_family', 'read_quantity',
+           'inequality', 'on_the_line', 'by_beginning', 'touch', 'union', 'read_inequality', 'letter_before',
+           'shared_unit', 'member_set', 'in_braces', 'read_set', 'intervals', 'read_union', 'read_whole_line',
+           'read_span', 'read_two_roots', 'read_plus_minus', 'read_list', 'read_yes_or_no', 'read_words',
+           'read_expression', 'read_measured', 'read_base_number', 'read_ratio', 'read_from_to', 'matrix_entry',
+           'read_matrix', 'linear_terms', 'linear_equation', 'numeral', 'without_remark', 'without_words', 'parse',
+           'AnswerClaim', 'without_markdown', 'line_at', 'labelled_claims', 'claims_in', 'any_of', 'stands_alone',
+           'with_unit', 'whole_words', 'numbers_in', 'as_arithmetic', 'checks_out', 'holds', 'denies',
+           'harmless_sentence', 'contradicted', 'same_claim', 'under_condition', 'value_before_box', 'said_in_box',
+           'behind', 'bare_answer', 'final_answer', 'exact_decimals', 'misread', 'group_at', 'restrictions',
+           'has_letters', 'restricted_factors', 'compare_expressions', 'serve_comparisons', 'Worker', 'as_latex',
+           'compare_members', 'compare_spans', 'match_members', 'compare_quantities', 'english_thousands',
+           'forgotten_family', 'compare_values', 'compare_measured', 'compare_sets', 'by_numbers', 'tight',
+           'one_letter', 'compare_ratios', 'compare_matrices', 'compare_words', 'with_colon', 'compare',
+           'compare_kinds', 'grade', 'KeyedReply', 'chosen_letter', 'grade_letter', 'last_words', 'grade_text',
+           'AnswerKind', 'grade_value', 'said_value', 'said_letter', 'said_words', 'grade_many', 'grader_cases',
+           'read_cases', 'grade_cases', 'GraderScore', 'accepted_by_math_verify', 'score_grader', 'compare_graders',
+           'compare_command']
 
 # %% ../nbs/04a_grader.ipynb #a4b83186
 import csv
@@ -142,6 +145,15 @@ class Quantity:
 
 
 @dataclass(frozen=True)
+class Measured:
+    "An expression with a unit: 36π см²."
+
+    expression: Expression
+    kind: str  # as in `Quantity`
+    factor: Fraction = Fraction(1)
+
+
+@dataclass(frozen=True)
 class SpanUnion:
     "Several intervals that do not touch."
 
@@ -150,9 +162,11 @@ class SpanUnion:
 
 @dataclass(frozen=True)
 class MemberSet:
-    "A finite set: of roots, of pairs."
+    "A finite set: of roots, of pairs, of lengths."
 
     members: frozenset[Member]
+    kind: str = ""  # of the unit that they share, as in `Quantity`
+    factor: Fraction = Fraction(1)
 
 
 @dataclass(frozen=True)
@@ -160,6 +174,8 @@ class NamedValues:
     "Values of different unknowns; the letters are part of the answer."
 
     values: frozenset[tuple[str, Member]]
+    kind: str = ""  # as in `MemberSet`
+    factor: Fraction = Fraction(1)
 
 
 @dataclass(frozen=True)
@@ -217,6 +233,7 @@ class LinearEquation:
 Form = (
     Quantity
     | Expression
+    | Measured
     | Span
     | SpanUnion
     | MemberSet
@@ -486,6 +503,10 @@ UNIT_TABLE = [  # kind, factor to its base unit, spellings
     ("speed", "1000/3600", "км/час km/h"),
     ("dollars", "1", "dollars dollar"),
     ("dollars", "1/100", "cents cent"),
+    ("noun шту", "1", "шт штук штуки штука"),
+    ("noun units", "1", "ед единиц единицы единица units unit"),
+    ("noun units^2", "1", "кв.ед ед^2 кв.единиц units^2"),
+    ("noun units^3", "1", "куб.ед ед^3 куб.единиц units^3"),
 ]
 CURRENCIES = {"money", "dollars"}
 UNITS: dict[str, Measure] = {}  # spelling → measure
@@ -524,30 +545,51 @@ NOT_AN_ENGLISH_NOUN = re.compile(
 NUMBER_AND_UNIT = re.compile(r"(.*?\d\)?\}?)\s*([^\d\s(){}\\+*=<>-][^\d(){}\\+*=]*\^?[23]?)")
 
 
+def unit_measure(unit: str) -> Measure | None:
+    "What a unit measures: «см», «%», «яблока»; None for what is no unit."
+    unit = unit.strip().rstrip(".")
+    unit = re.sub(r"^(кв|куб)\. ?", r"\1.", unit)
+    if unit == "%" or re.fullmatch(r"процент(?:а|ов)?|per ?cent", unit):
+        return Measure("%", Fraction(1, 100))
+    if unit in UNITS:
+        return UNITS[unit]
+    if re.fullmatch(r"[а-яё]{3,}", unit) and not NOT_A_NOUN.fullmatch(unit):
+        return Measure("noun " + unit[:3], Fraction(1))
+    english = re.fullmatch(r"(?:sq\.? |square |cubic )?[a-z]{3,}(?:\^[23])?", unit)
+    if english and not any(NOT_AN_ENGLISH_NOUN.fullmatch(word) for word in unit.split()):
+        return Measure("noun " + unit[:3], Fraction(1))
+    return None
+
+
 def quantity(text: str) -> Quantity | None:
     "A number with its unit: «12 см», «25 %», «3 яблока», «2 тыс.»; None for anything else."
     if DOLLAR in text:
         value = number(text.replace(DOLLAR, "", 1))
         return None if value is None else Quantity(value, "dollars")
     parts = NUMBER_AND_UNIT.fullmatch(text)
-    if not parts:
+    value = number(parts[1]) if parts else None
+    if parts is None or value is None:
         return None
-    value = number(parts[1])
-    if value is None:
-        return None
-    unit = parts[2].strip().rstrip(".").replace("кв. ", "кв.")
-    if unit == "%" or re.fullmatch(r"процент(?:а|ов)?|per ?cent", unit):
-        return Quantity(value, "%", Fraction(1, 100))
+    unit = parts[2].strip().rstrip(".")
     if unit in MULTIPLES:
         return Quantity(value * MULTIPLES[unit])
-    if unit in UNITS:
-        return Quantity(value, *UNITS[unit])
-    if re.fullmatch(r"[а-яё]{3,}", unit) and not NOT_A_NOUN.fullmatch(unit):
-        return Quantity(value, "noun " + unit[:3])
-    english = re.fullmatch(r"(?:sq\.? |square |cubic )?[a-z]{3,}(?:\^[23])?", unit)
-    if english and not any(NOT_AN_ENGLISH_NOUN.fullmatch(word) for word in unit.split()):
-        return Quantity(value, "noun " + unit[:3])
-    return None
+    measure = unit_measure(unit)
+    return Quantity(value, *measure) if measure else None
+
+
+WORDS_OF_A_UNIT = 2  # at most: «кв. см», square inches
+
+
+def cut_unit(text: str) -> tuple[str, Measure] | None:
+    "What stands before a unit, «36π» of «36π см²», and the unit; None where no unit ends it."
+    for count in range(WORDS_OF_A_UNIT, 0, -1):
+        head, *unit = text.rsplit(" ", count)
+        measure = unit_measure(" ".join(unit)) if len(unit) == count else None
+        if measure and re.search(r"[\d)}π]$", head.strip()):
+            return head.strip(), measure
+    glued = re.fullmatch(r"(.*[\d)}π])([а-яё°%][а-яё/]*(?:\^[23])?)", text)
+    measure = unit_measure(glued[2]) if glued else None
+    return (glued[1], measure) if glued and measure else None
 
 # %% ../nbs/04a_grader.ipynb #b0b8132f
 RUSSIAN_NAMES = [  # (regular expression, what math-verify reads)
@@ -851,8 +893,24 @@ def letter_before(part: str) -> str:
     return named[1] if named else ""
 
 
+def shared_unit(parts: list[str]) -> tuple[list[str], Measure]:
+    "The parts without the unit that all of them have, or only the last: «3 и 5 см»."
+    cut = [cut_unit(part) for part in parts]
+    known = [one for one in cut if one is not None]
+    measures = {measure for _, measure in known}
+    if len(measures) != 1:
+        return parts, Measure("", Fraction(1))
+    (measure,) = measures
+    if len(known) == len(parts):
+        return [head for head, _ in known], measure
+    if cut[-1] and len(known) == 1 and not measure.kind.startswith("noun"):
+        return [*parts[:-1], cut[-1][0]], measure
+    return parts, Measure("", Fraction(1))
+
+
 def member_set(parts: list[str]) -> MemberSet | NamedValues | None:
     "A set of what the parts say; different letters before them are kept. None in any doubt."
+    parts, unit = shared_unit(parts)
     letters = [letter_before(part) for part in parts]
     values = [set_member(part) for part in parts]
     known = [value for value in values if value is not None]
@@ -861,7 +919,9 @@ def member_set(parts: list[str]) -> MemberSet | NamedValues | None:
     named = frozenset(zip(letters, known))
     if len(named) < len(values):
         return None  # a member twice
-    return NamedValues(named) if len(set(letters)) > 1 else MemberSet(frozenset(known))
+    if len(set(letters)) > 1:
+        return NamedValues(named, *unit)
+    return MemberSet(frozenset(known), *unit)
 
 
 def in_braces(text: str) -> str | None:
@@ -996,13 +1056,30 @@ def read_expression(answer: Cleaned) -> Form | None:
     "`2\\sqrt{3}`, «lg 100»."
     return expression(answer.bare)
 
+
+def read_measured(answer: Cleaned) -> Form | None:
+    "«36π см²», `\\frac{\\sqrt{3}}{2}` см: a unit behind an expression without letters."
+    cut = cut_unit(answer.bare)
+    value = expression(cut[0]) if cut else None
+    if cut is None or value is None or has_letters(value.latex):
+        return None
+    if re.search(r"\\(?:sin|cos|tan|cot)", value.latex):
+        return None  # the degrees are the function's
+    return Measured(value, *cut[1])
+
 # %% ../nbs/04a_grader.ipynb #e20af46c
 def read_base_number(answer: Cleaned) -> Form | None:
     "`1011_2`, `(1011)_{2}`, `2A_{16}`."
-    written = re.fullmatch(r"\(?([0-9A-Fa-f]{1,40})\)? ?_ ?\{?(\d{1,2})\}?", answer.bare)
+    written = re.fullmatch(
+        r"\(?([0-9A-Fa-f]{1,40})\)? ?(?:_ ?\{? ?\(?(\d{1,2}|[a-z]{3,8})\)? ?\}?"
+        r"|\(?(?:in )?base (\d{1,2}|[a-z]{3,8})\)?)",
+        answer.bare,
+    )
     if not written or not re.search(r"^\d|^[A-F].", written[1]):
         return None
-    digits, base = written[1].upper().lstrip("0") or "0", int(written[2])
+    named = written[2] or written[3]
+    base = int(named) if named.isdigit() else numeral(named) or 0
+    digits = written[1].upper().lstrip("0") or "0"
     if not 2 <= base <= 16 or int(max(digits), 16) >= base:
         raise Unreadable
     return BaseNumber(digits, base)
@@ -1127,6 +1204,7 @@ READERS: list[Callable[[Cleaned], Form | None]] = [
     read_span,
     read_plus_minus,
     read_list,
+    read_measured,
     read_words,
     read_expression,
 ]
@@ -1163,6 +1241,8 @@ def numeral(text: str) -> int | None:
 
 INTRODUCED = re.compile(
     r"(?i)(?:(?:через|за|в|во|по|у|№|как|ровно|всего|при [a-z] ?=|number)\s*(?=\d)"
+    r"|(?:увелич|уменьш|сниз|выр|возр|подорож|подешев|сокра|повы|пони)[а-яё]+ на\s+(?=\d)"
+    r"|(?:число|значение|the (?:number|value))\s+(?=[\d\\√π-])"
     r"|([а-яё][а-яё -]*?)\s(?:равн[аоы]|равен|составля[ею]т|составит|будет|это|—|-)\s+"
     r"(?=[\d\\√π(\[{-])"
     r"|((?:the )?[a-z][a-z -]{2,}?)\s(?:is|are|equals)\s+(?=[\d\\√π(\[{-])"
@@ -1177,17 +1257,47 @@ BOUNDS = re.compile(
 ABOUT_LETTERS = re.compile(r", ?(?:где|where) [^\d∈]*$")
 
 
+REMARK = re.compile(r"([^()]*[\dπ}][^()]*?) ?\(([^()]*[а-яёa-z]{2}[^()]*)\)([^()]*)", re.IGNORECASE)
+HARMLESS_REMARK = re.compile(
+    r"(?i)(?:это|т\. ?е\.|то есть)? ?(?:наи(?:больш|меньш)|максимальн|минимальн|искомо|единственн)"
+    r"[а-яё]+(?: (?:возможн[а-яё]+|значени[ея]|числ[оа]|корень|решение|количество))*"
+    r"|при \$?[a-z]\$? ?= ?\$?-?\d+(?:[.,/]\d+)?\$?"
+)
+
+
+def without_remark(text: str) -> str:
+    """A cleaned answer without the remark in brackets behind it.
+
+    A unit joins the number, «12 (дней)»; a numeral goes if it says the same; Unreadable for a
+    remark in words that is not known."""
+    remark = REMARK.fullmatch(text)
+    if not remark:
+        return text
+    before, said, after = remark.groups()
+    if numeral(said) is not None:
+        digits = re.findall(r"\d+", before)
+        if len(digits) != 1 or int(digits[0]) != numeral(said):
+            raise Unreadable
+        return (before + after).strip()
+    if re.match(r"(?:in )?base |mod ", said) or not before.strip() or re.search(r"[+*^]$", before):
+        return text
+    if after.strip():
+        return text
+    if HARMLESS_REMARK.fullmatch(said.strip(" .")):
+        return before.strip()
+    if number(before) is not None and unit_measure(said):
+        return f"{before.strip()} {said.strip(' .')}"
+    if re.search(r"[а-яё]{2}", said):
+        raise Unreadable
+    return text
+
+
 def without_words(text: str) -> str:
     "A cleaned answer without the words that introduce or repeat it; Unreadable if they contradict."
     if not re.search(r"\d|[√π\\]", text):
         return text
     text = ABOUT_LETTERS.sub("", text)
-    repeated = re.fullmatch(r"([^()]*\d[^()]*?) ?\(([а-яёa-z -]+)\)([^()]*)", text, re.IGNORECASE)
-    if repeated and numeral(repeated[2]) is not None:
-        digits = re.findall(r"\d+", repeated[1])
-        if len(digits) != 1 or int(digits[0]) != numeral(repeated[2]):
-            raise Unreadable
-        text = (repeated[1] + repeated[3]).strip()
+    text = without_remark(text)
     introduced = INTRODUCED.match(text)
     if not introduced:
         return text
@@ -1235,6 +1345,7 @@ LABEL = re.compile(
     r"(?im)(?<![а-яёa-z])(?:ответ(?:ом)?|answer)(?:"
     r"[ \t]*(?:[:—–=]|-(?=\s))"  # Ответ: 12
     r"|[ \t]+(?:равен|составляет|is)(?![а-яёa-z]):?"  # Ответ равен 12
+    r"|[ \t]+(?:является|будет|служит)(?![а-яёa-z]):?"  # Ответом является 12
     r"|[ \t]+(?=\$?[\d\\−-])"  # Ответ 12
     r"|[ \t]*\.(?=[ \t]+\S)(?<![а-яё] ответ\.))"  # Ответ. 12
     r"|^[ \t]*(?:(?:итоговый|окончательный|правильный|final|the|correct)[ \t]+){0,2}"
@@ -1403,7 +1514,8 @@ HENCE = r"(?:таким образом|итак|следовательно|зн�
 CONFIRMED = re.compile(
     rf"(?i)(?:{HENCE},? )?(?:это и есть |искомый |the )?(?:final )?(?:ответ|answer)"
     r"(?: (?:задачи|верен|верный|проверен|сош[её]лся|равен|is|correct))*[ :—–-]*\$?[\d.,]*\$?"
-    r"|провере\w+|вс[её](?: верно)?|готово|решено|задача решена(?: верно)?"
+    r"|провере\w+|вс[её]|(?:вс[её] )?(?:верно|сходится)|correct|готово"
+    r"|решено|задача решена(?: верно)?"
     r"|решение (?:верно|завершено)"
     r"|(?:(?:что|это) и )?требовалось \w+|done|q\.?e\.?d|this completes the \w+"
 )
@@ -1429,9 +1541,35 @@ def numbers_in(text: str) -> list[Fraction]:
     return found
 
 
+EQUATION = re.compile(r"\d+(?: *[-+*/] *\d+){1,8} *= *\d+(?![\d.,]*\d)(?! *[-+*/^=])")
+POWER = re.compile(r"(\d{1,6}) ?\^ ?\{?([234])\}?(?!\d)")
+IT_HOLDS = whole_words(
+    "верно|сходится|совпадает|подходит|выполняется|выполнено|условие|и|всё|все|да|ок|ok|checks?|out"
+    "|correct|true|holds?"
+)
+
+
+def as_arithmetic(text: str) -> str:
+    "A text in which · and × are *, : is /, and small powers are products."
+    text = re.sub(r"[·×]|\\cdot|\\times", "*", text.replace("−", "-").replace("$", ""))
+    text = re.sub(r"(?<=\d) ?[:÷] ?(?=\d)", "/", text)
+    return POWER.sub(lambda power: "*".join([power[1]] * int(power[2])), text)
+
+
+def checks_out(sentence: str, stated: set[Fraction]) -> bool:
+    "Whether a check is nothing but true equations, one of them with a stated number."
+    _, checked, written = as_arithmetic(sentence).partition(CHECKED.match(sentence)[0])  # type: ignore[index]
+    equations = EQUATION.findall(written)
+    rest = IT_HOLDS.sub("", EQUATION.sub("", written))
+    used = set(numbers_in(" ".join(equations)))
+    if not equations or not used & stated or re.search(r"\w", rest):
+        return False
+    return all(holds(equation) for equation in equations)
+
+
 def holds(equation: str) -> bool:
-    "Whether a line of arithmetic, 2·3 + 1 = 7, is true; False for anything else."
-    written = re.sub(r"[·×]|\\cdot|\\times", "*", equation.replace("−", "-").replace(":", "/"))
+    "Whether a line of arithmetic, 2*3 + 1 = 7, is true; False for anything else."
+    written = as_arithmetic(equation)
     sides = re.fullmatch(r"\s*(\d+(?: *[-+*/] *\d+){1,8}) *= *(\d+)\s*", written)
     if not sides:
         return False
@@ -1468,8 +1606,7 @@ def harmless_sentence(sentence: str, answer: str, stated: set[Fraction]) -> bool
         return set(numbers_in(sentence)) <= stated
     numbers = numbers_in(sentence)
     if CHECKED.match(sentence):
-        equation = re.split(r"[:,]\s|\s(?=\d)", sentence, maxsplit=1)[-1]
-        return bool(numbers) and numbers[-1] in stated and holds(equation.replace("$", ""))
+        return checks_out(sentence, stated)
     if denies(sentence, stated) or ABOUT_ANSWER.search(sentence):
         return False
     if RESTATED.match(sentence):
@@ -1828,17 +1965,23 @@ def compare_spans(answer: Span, key: Span, worker: CompareExpressions) -> str:
 def match_members(
     answer: Iterable[Member], key: Iterable[Member], worker: CompareExpressions
 ) -> str:
-    "Verdict for two sets: their members must pair off."
+    """Verdict for two sets, whatever the order of their members.
+
+    correct: the members pair off; wrong: one of them is certainly none of the key's."""
     ours, unpaired = list(answer), list(key)
     if len(ours) != len(unpaired):
         return "wrong"
-    doubt = False
-    for member in ours:
-        verdicts = [compare_members(member, other, worker) for other in unpaired]
-        doubt |= "unparsed" in verdicts
-        if "correct" not in verdicts:
-            return "unparsed" if doubt else "wrong"
-        unpaired.pop(verdicts.index("correct"))
+    rest = [member for member in ours if member not in unpaired]
+    unpaired = [other for other in unpaired if other not in ours]
+    verdicts = [[compare_members(member, other, worker) for other in unpaired] for member in rest]
+    if any(set(row) == {"wrong"} for row in [*verdicts, *zip(*verdicts)]):
+        return "wrong"
+    free = set(range(len(unpaired)))
+    for row in verdicts:
+        match = next((place for place in sorted(free) if row[place] == "correct"), None)
+        if match is None:
+            return "unparsed"
+        free.remove(match)
     return "correct"
 
 # %% ../nbs/04a_grader.ipynb #f62c4f94
@@ -1897,6 +2040,49 @@ def compare_values(
     return compare_members(members[0], members[1], worker)
 
 
+def compare_measured(
+    answer: Measured | Quantity | Expression,
+    key: Measured | Quantity | Expression,
+    worker: CompareExpressions,
+) -> str:
+    "Verdict for two of which at least one is an expression with a unit."
+    values: list[Member] = []
+    units = []
+    for form in (answer, key):
+        units.append(None if isinstance(form, Expression) else (form.kind, form.factor))
+        match form:
+            case Measured():
+                values.append(form.expression)
+            case Quantity():
+                values.append(form.value)
+            case _:
+                values.append(form)
+    known = [unit for unit in units if unit and unit[0]]
+    if len(set(known)) > 1:
+        return "unparsed"
+    verdict = compare_members(values[0], values[1], worker)
+    in_percent = len(known) == 1 and known[0][0] == "%"
+    return "unparsed" if in_percent and verdict == "wrong" else verdict
+
+
+def compare_sets(
+    answer: MemberSet | NamedValues, key: MemberSet | NamedValues, worker: CompareExpressions
+) -> str:
+    "Verdict for two sets, or two of named values, with or without a unit."
+    if answer.kind and key.kind and (answer.kind, answer.factor) != (key.kind, key.factor):
+        return "unparsed"
+    if isinstance(answer, MemberSet) and isinstance(key, MemberSet):
+        verdict = match_members(answer.members, key.members, worker)
+    elif isinstance(answer, NamedValues) and isinstance(key, NamedValues):
+        same = answer.values == key.values
+        verdict = "wrong" if by_numbers(answer) and by_numbers(key) else "unparsed"
+        verdict = "correct" if same else verdict
+    else:
+        return "unparsed"
+    in_percent = "%" in (answer.kind, key.kind) and answer.kind != key.kind
+    return "unparsed" if in_percent and verdict == "wrong" else verdict
+
+
 def by_numbers(form: Form) -> bool:
     "Whether a union or named values hold no expression, so that unequal means different."
     if isinstance(form, SpanUnion):
@@ -1942,7 +2128,8 @@ def compare_matrices(answer: Matrix, key: Matrix, worker: CompareExpressions) ->
 
 def compare_words(answer: Words, key: Words) -> str:
     "Verdict for two answers in words; where one holds the other, it cannot be told."
-    if answer == key:
+    said, meant = (re.sub(r"^(?:в|во|это) (?=\S)", "", words.text) for words in (answer, key))
+    if said == meant:
         return "correct"
     ours, its = set(answer.text.split()), set(key.text.split())
     return "unparsed" if ours <= its or its <= ours else "wrong"
@@ -1977,6 +2164,8 @@ def compare(
         answer_line = linear_equation(clean(answer), fewest=1)
         if answer_line:
             return "correct" if answer_line == line else "wrong"
+    if re.match(r"[xyz] ?=.*[a-z]", re.sub(r"\\[a-z]+", "", clean(gold))) and "=" not in answer:
+        return "unparsed"  # y = 2x + 3 is a line, and 2x + 3 is none
     ours, key = parse(with_colon(answer, gold), language), parse(gold, language)
     if ours is None or key is None:
         return "unparsed"
@@ -1993,11 +2182,15 @@ def compare(
             return "correct" if verdict == "correct" else "unparsed"
         case Words(), Words():
             return compare_words(ours, key)
-        case MemberSet(), MemberSet():
-            return "correct" if ours == key else match_members(ours.members, key.members, worker)
+        case MemberSet() | NamedValues(), MemberSet() | NamedValues():
+            return compare_sets(ours, key, worker)
+        case Measured(), Quantity() | Expression() | Measured():
+            return compare_measured(ours, key, worker)
+        case Quantity() | Expression(), Measured():
+            return compare_measured(ours, key, worker)
         case Span(), Span():
             return compare_spans(ours, key, worker)
-        case (NamedValues(), NamedValues()) | (SpanUnion(), SpanUnion()):
+        case SpanUnion(), SpanUnion():
             if ours == key:
                 return "correct"
             return "wrong" if by_numbers(ours) and by_numbers(key) else "unparsed"
@@ -2011,7 +2204,7 @@ def compare(
             if ours == key:
                 return "correct"
             return "unparsed" if ours.value == key.value else "wrong"
-        case ((Quantity() | Expression()), NamedValues()):
+        case ((Quantity() | Expression() | Measured()), NamedValues()):
             return "wrong"  # one value for several unknowns
     return compare_kinds(ours, key, clean(answer) + clean(gold))
 
