@@ -19,7 +19,7 @@ KERNEL = dict(name="python3", language="python", display_name="python3")
 
 
 def pytest_collection_modifyitems(items):
-    "The smoke profile first: it is the longest file, and the other process does the rest meanwhile."
+    "The smoke profile first: beside this longest file the other process does the rest."
     items.sort(key=lambda item: item.path.name != "test_smoke.py")
 
 
