@@ -746,7 +746,9 @@ def make_shards(
         states_kept(settings, config),
         writers,
     )
-    print("draft data:", cost, flush=True)
+    told = f"draft data: {cost['planned_tokens']:,} tokens at most, {cost['disk_mb']:,} MB of disk"
+    memory = f"{cost['generate_mb']:,} MB of memory to write, {cost['train_mb']:,} MB to train"
+    print(f"{told}; {memory}", flush=True)
     if cost["disk_mb"] > settings.budget_mb:
         raise UserError(
             f"features would take {cost['disk_mb']} MB, budget_mb is {settings.budget_mb}. Set "
