@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from tpro_nb import duplicates, rows
 from tpro_nb.client import Kept
-from tpro_nb.core import read_jsonl, write_jsonl
 
 
 def summaries() -> list[str]:
@@ -70,37 +69,28 @@ def test_rivals_find_the_same_kind_of_duplicates():
     assert got["minhash_vs_datatrove"] > 1
 
 
-def test_one_node_and_datatrove_keep_the_same_rows(tmp_path):
-    pytest.importorskip("datatrove")
-    docs = rows.english_rows(rows.stdlib_docs())[:400]
+def test_shards_and_slices_keep_the_same_rows():
+    docs = rows.english_rows(rows.stdlib_docs())[:300]
     rng = random.Random(0)
-    texts = [rows.row_text(row) for row in docs]
-    words = sorted(filter(duplicates.is_plain, set(" ".join(texts).split())))
-    again = [
-        rows.make_row(
-            row["messages"][0]["content"],
-            duplicates.disturb(row["messages"][1]["content"], rng, words, 0.05),
-            source="s",
-            licence="MIT",
-            family="pydoc",
-            domain="Math",
-            lang="en",
-        )
-        for row in docs[::4]
-    ]
-    pool = docs + again + corpus(10)
-    rng.shuffle(pool)
-    write_jsonl(tmp_path / "rows.jsonl", pool)
-    out = duplicates.cluster_dedup(
-        str(tmp_path / "rows.jsonl"),
-        str(tmp_path / "out.jsonl"),
-        str(tmp_path / "work"),
-        tasks=3,
-        workers=2,
-    )
+    words = sorted(filter(duplicates.is_plain, set(" ".join(map(rows.row_text, docs)).split())))
+
+    def again(row: dict) -> dict:
+        reply = duplicates.disturb(row["messages"][1]["content"], rng, words, 0.05)
+        return plain_row(row["messages"][0]["content"], reply)
+
+    pool = docs + list(map(again, docs[::4])) + corpus(10)
     here = duplicates.near_dedup(pool).rows
     assert 30 < len(pool) - len(here)
-    assert [row["id"] for row in read_jsonl(out)] == [row["id"] for row in here]
+    rng.shuffle(pool)
+    shards = [pool[:100], pool[100:250], pool[250:]]
+    signed = duplicates.Signatures.joined(list(map(duplicates.row_signatures, shards)))
+    pairs = duplicates.candidate_pairs(signed).tolist()
+    assert len(pairs) <= 8 * len(pool)
+    texts = [duplicates.Compared(rows.row_text(row)) for row in pool]
+    compared = [(a, b, duplicates.likeness(texts[a], texts[b])) for a, b in pairs]
+    gone = duplicates.chosen_survivors(compared)
+    left = {row["id"] for place, row in enumerate(pool) if place not in gone}
+    assert left == {row["id"] for row in here}
 
 
 def test_semdedup_rule_keeps_the_row_farthest_from_the_centre():
@@ -229,19 +219,3 @@ def test_templates_and_boilerplate_take_bounded_work():
     found, seconds = duplicates.timed(lambda: duplicates.near_duplicates(templated))
     assert found == []
     assert seconds < 20
-
-
-def test_a_cluster_run_again_looks_at_the_rows_and_at_the_result(tmp_path):
-    pytest.importorskip("datatrove")
-    some = corpus(4)
-    source, out, work = (str(tmp_path / name) for name in ("rows.jsonl", "out.jsonl", "work"))
-
-    def run(pool) -> int:
-        write_jsonl(source, pool)
-        duplicates.cluster_dedup(source, out, work, tasks=2, workers=1)
-        return len(read_jsonl(out))
-
-    assert run(some) == len(some)
-    (tmp_path / "out.jsonl").unlink()
-    assert run(some) == len(some)
-    assert run(some[:9]) == 9
