@@ -10,7 +10,6 @@ import pytest
 
 from tpro_nb import evaluation as ev
 from tpro_nb.core import UserError, read_jsonl, toy, toy_problems, write_jsonl
-from tpro_nb.grader import said_value
 
 
 def test_coverage_is_95_by_problem_and_less_by_answer():
@@ -106,9 +105,8 @@ def answered(*answers: tuple[str, str]) -> list[dict]:
     rows = []
     for sample, (response, verdict) in enumerate(answers):
         row = dict(problem_id="p", model="m", mode="direct", sample=sample)
-        vote = said_value(response)
-        rows.append(row | dict(response=response, verdict=verdict, vote=vote))
-    return rows
+        rows.append(row | dict(response=response, verdict=verdict))
+    return ev.with_votes(rows, "ru", "number")
 
 
 def test_the_vote_of_a_problem():
@@ -119,6 +117,40 @@ def test_the_vote_of_a_problem():
     assert ev.majority(answered(NONE, NONE, GOOD)) == {"p": 1.0}
     assert ev.majority(answered(NONE)) == {"p": 0.0}
     assert ev.majority(answered(GOOD), mode="think") == {}
+
+
+SAME = [  # two wrong answers, and whether they are one
+    ("0,5", "\\frac{1}{2}", True),
+    ("\\{1; 2\\}", "\\{2; 1\\}", True),
+    ("\\sqrt{8}", "2\\sqrt{2}", True),
+    ("x = 3", "3", True),
+    ("(1; 2)", "(1;2)", True),
+    ("60 км/ч", "60", True),
+    ("0,5", "0,05", False),
+    ("\\{1; 2\\}", "\\{1; 3\\}", False),
+    ("\\sqrt{8}", "\\sqrt{2}", False),
+    ("(1; 2)", "(2; 1)", False),
+    ("3", "-3", False),
+    ("2x", "2y", False),
+]
+
+
+@pytest.mark.parametrize("first,second,same", SAME)
+def test_wrong_answers_vote_together_if_they_are_one(first, second, same):
+    for one, two in ((first, second), (second, first)):
+        rows = answered(
+            ("Ответ: 7", "correct"), (f"Ответ: {one}", "wrong"), (f"Ответ: {two}", "wrong")
+        )
+        assert ev.majority(rows) == {"p": float(not same)}
+        assert [row["vote"] for row in rows[1:]] == [one, one if same else two]
+
+
+@pytest.mark.parametrize("kind,votes", [("letter", ["B", "B", "C"]), ("text", ["да", "да", "c"])])
+def test_letters_and_words_vote_too(kind, votes):
+    said = dict(letter=["B", "вариант B", "C"], text=["Да.", "да", "C"])[kind]
+    rows = [dict(problem_id="p", sample=i, response=f"Ответ: {x}") for i, x in enumerate(said)]
+    voted = ev.with_votes([row | dict(verdict="wrong") for row in rows], "ru", kind)
+    assert [row["vote"] for row in voted] == votes
 
 
 def test_the_figures_of_a_problem():

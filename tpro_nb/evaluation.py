@@ -4,7 +4,8 @@
 __all__ = ['SAMPLE_VERDICTS', 'FIGURES', 'ScoreInterval', 'accuracy', 'interval_coverage', 'PairedDifference', 'sign_flip_p',
            'paired', 'model_digest', 'sample_key', 'check_problems', 'id_hash', 'even_over_steps', 'whole_lines',
            'SamplingJob', 'SampleBatch', 'batches_to_sample', 'load_answerer', 'answer_batch', 'sample_answers',
-           'score_samples', 'samples_where', 'by_problem', 'majority', 'score_line', 'score_table']
+           'first_spelling', 'with_votes', 'score_samples', 'samples_where', 'by_problem', 'majority', 'score_line',
+           'score_table']
 
 # %% ../nbs/10_evaluation.ipynb #1e129dbc
 import hashlib
@@ -12,8 +13,10 @@ import json
 import os
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -337,6 +340,37 @@ def sample_answers(
             bar.update(len(rows))
     return dict(seconds=time.perf_counter() - start, answers=bar.n)
 
+# %% ../nbs/10_evaluation.ipynb #d647786b
+def first_spelling(said: str, spellings: list[str], same: Callable[[str, str], bool]) -> str:
+    "The earliest spelling that says the same; `said` itself, which joins them, where none does."
+    for earlier in spellings:
+        if said == earlier or same(said, earlier):
+            return earlier
+    spellings.append(said)
+    return said
+
+
+def with_votes(rows: list[dict], language: str | None, kind: str) -> list[dict]:
+    """Graded rows with `vote`: the final answer, in one spelling for all that say the same.
+
+    None where it was not read."""
+    how = ANSWER_KINDS[kind]
+
+    def alike(said: str, earlier: str) -> bool:
+        return how.same(said, earlier, language)
+
+    spellings: defaultdict[tuple[str, str], list[str]] = defaultdict(list)  # by problem, verdict
+    voted = [row | dict(vote=None) for row in rows]
+    for row in sorted(voted, key=itemgetter("sample")):
+        if row["verdict"] not in ("correct", "wrong"):
+            continue
+        said = how.vote(row["response"], language)
+        known = spellings[row["problem_id"], row["verdict"]]
+        if row["verdict"] == "correct" and known:
+            said = known[0]  # whatever equals the key is one answer
+        row["vote"] = first_spelling(said, known, alike)
+    return voted
+
 # %% ../nbs/10_evaluation.ipynb #d647786a
 SAMPLE_VERDICTS = ("correct", "wrong", "unparsed", "truncated")  # as `grader.grade` gives them
 
@@ -365,9 +399,8 @@ def score_samples(
     scored = []
     for row, problem, verdict in zip(rows, asked, verdicts):
         about = {field: problem.get(field) for field in ("family", "steps", "wording")}
-        vote = ANSWER_KINDS[kind].vote(row["response"], language)
-        scored.append(row | dict(verdict=verdict, vote=vote, **about))
-    return scored
+        scored.append(row | dict(verdict=verdict, **about))
+    return with_votes(scored, language, kind)
 
 
 def samples_where(rows: list[dict], **where) -> list[dict]:

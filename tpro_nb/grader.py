@@ -35,9 +35,9 @@ __all__ = ['Member', 'Form', 'BOX', 'MOST_CLAIMS', 'LATIN_UNITS', 'DRESSING', 'L
            'forgotten_family', 'compare_values', 'compare_measured', 'compare_sets', 'by_numbers', 'tight',
            'one_letter', 'compare_ratios', 'compare_matrices', 'compare_words', 'with_colon', 'compare',
            'compare_kinds', 'grade', 'KeyedReply', 'chosen_letter', 'grade_letter', 'last_words', 'grade_text',
-           'AnswerKind', 'grade_value', 'said_value', 'said_letter', 'said_words', 'grade_many', 'grader_cases',
-           'read_cases', 'grade_cases', 'GraderScore', 'accepted_by_math_verify', 'score_grader', 'compare_graders',
-           'compare_command']
+           'AnswerKind', 'grade_value', 'said_value', 'same_value', 'said_letter', 'said_words', 'same_text',
+           'grade_many', 'grader_cases', 'read_cases', 'grade_cases', 'GraderScore', 'accepted_by_math_verify',
+           'score_grader', 'compare_graders', 'compare_command']
 
 # %% ../nbs/04a_grader.ipynb #a4b83186
 import csv
@@ -2316,7 +2316,8 @@ class AnswerKind:
     verdict: Callable[
         [KeyedReply, str | None, CompareExpressions | None], str
     ]  # reply, language, worker
-    vote: Callable[[str, str | None], str]  # response, language → equal for equal answers
+    vote: Callable[[str, str | None], str]  # response, language → the final answer
+    same: Callable[[str, str, str | None], bool]  # two votes, language
 
 
 def grade_value(
@@ -2327,9 +2328,14 @@ def grade_value(
 
 
 def said_value(response: str, language: str | None = None) -> str:
-    "The final answer as it was read; as it was written where it cannot be read."
-    said = final_answer(after_think(response) or "", language) or ""
-    return repr(parse(said, language) or said.strip())
+    "The final answer as it was written, or nothing."
+    return (final_answer(after_think(response) or "", language) or "").strip()
+
+
+def same_value(first: str, second: str, language: str | None = None) -> bool:
+    "Whether either answer would be correct if the other were the key."
+    either_way = ((first, second), (second, first))
+    return any(compare(*pair, language=language) == "correct" for pair in either_way)
 
 
 def said_letter(response: str, language: str | None = None) -> str:
@@ -2342,10 +2348,15 @@ def said_words(response: str, language: str | None = None) -> str:
     return last_words(response).rstrip(".").casefold()
 
 
+def same_text(first: str, second: str, language: str | None = None) -> bool:
+    "Whether two votes are the same words."
+    return first == second
+
+
 ANSWER_KINDS = dict(
-    number=AnswerKind(grade_value, said_value),
-    letter=AnswerKind(grade_letter, said_letter),
-    text=AnswerKind(grade_text, said_words),
+    number=AnswerKind(grade_value, said_value, same_value),
+    letter=AnswerKind(grade_letter, said_letter, same_text),
+    text=AnswerKind(grade_text, said_words, same_text),
 )
 
 # %% ../nbs/04a_grader.ipynb #f997bb20

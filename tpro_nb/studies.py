@@ -17,10 +17,12 @@ from .paper import minus_signs
 # %% ../nbs/00f_studies.ipynb #c71fbc4a
 def format_number(value: float | str | None) -> str:
     "A number as a reader wants it: four significant digits, thousands apart; text as it is."
-    if value is None:
-        return "–"
     if isinstance(value, str):
         return value
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
     if isinstance(value, bool) or float(value) == int(value):
         return f"{int(value):,}"
     if abs(value) >= 1e4:
@@ -48,11 +50,17 @@ def with_interval(
     high: float | None,
     unit: str = "",
 ) -> str:
-    "'1.40 [1.20, 1.60]' and the unit; as many decimals as the interval's width deserves."
+    """'1.40 [1.20, 1.60]' and the unit; as many decimals as the interval's width deserves.
+
+    The value alone where an end is missing or not a number, as for a single cluster."""
     ending = f" {unit}" if unit.startswith("%") or unit in SHOWN_UNITS else ""
-    if value is None or isinstance(value, str) or low is None or high is None or high <= low:
-        return format_number(value) + ending
-    digits_before_point = math.floor(math.log10(high - low))
+    shown_alone = format_number(value) + ending
+    if value is None or isinstance(value, str) or low is None or high is None:
+        return shown_alone
+    width = high - low
+    if not math.isfinite(value) or not math.isfinite(width) or width <= 0:
+        return shown_alone
+    digits_before_point = math.floor(math.log10(width))
     decimals = min(4, max(0, 1 - digits_before_point))
     return f"{value:,.{decimals}f} [{low:,.{decimals}f}, {high:,.{decimals}f}]{ending}"
 
