@@ -356,10 +356,10 @@ def hf_pass(hf: Any, past: int, rounds: int) -> PassParts:
     one = torch.ones(1, 1, dtype=torch.long)
     head: list[float] = []
     wall: list[float] = []
-    hf(torch.ones(1, past, dtype=torch.long), past_key_values=cache, use_cache=True)
+    hf(torch.ones(1, past, dtype=torch.long), cache=cache, use_cache=True)
 
     def step() -> None:
-        states = hf.model(one, past_key_values=cache, use_cache=True).last_hidden_state
+        states = hf.model(one, cache=cache, use_cache=True).last_hidden_state
         began = time.perf_counter()
         hf.lm_head(states).argmax(-1)
         head.append((time.perf_counter() - began) * 1e3)

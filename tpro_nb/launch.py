@@ -68,6 +68,7 @@ CHILD_ENV = {
     # a bar comes after a second and goes when it is done: most weights load in less
     "TQDM_DELAY": "1",
     "TQDM_LEAVE": "",
+    "KINETO_LOG_LEVEL": "6",  # the profiler's start and stop marks, two lines each
     "PYTHONWARNINGS": ",".join(LIBRARIES_OWN),
 }
 
