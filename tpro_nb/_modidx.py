@@ -2101,6 +2101,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'tpro_nb.rows.wiktionary_rows': ('rows.html#wiktionary_rows', 'tpro_nb/rows.py'),
                               'tpro_nb.rows.with_fields': ('rows.html#with_fields', 'tpro_nb/rows.py'),
                               'tpro_nb.rows.with_turns': ('rows.html#with_turns', 'tpro_nb/rows.py'),
+                              'tpro_nb.rows.word_score': ('rows.html#word_score', 'tpro_nb/rows.py'),
                               'tpro_nb.rows.write_rows': ('rows.html#write_rows', 'tpro_nb/rows.py')},
             'tpro_nb.scheduler': { 'tpro_nb.scheduler.Busy': ('scheduler.html#busy', 'tpro_nb/scheduler.py'),
                                    'tpro_nb.scheduler.Item': ('scheduler.html#item', 'tpro_nb/scheduler.py'),

@@ -8,8 +8,9 @@ __all__ = ['Asked', 'QUESTIONS', 'TASK_DOMAINS', 'TOY_ENTRIES', 'TRANSLATION_REQ
            'DictionaryEntry', 'entry_replies', 'wiktionary_rows', 'sample_entries', 'Documented', 'definitions',
            'stdlib_docs', 'english_rows', 'parallel_pairs', 'parallel_rows', 'problem_rows', 'RowFault', 'TurnsRead',
            'kind_of', 'joined_parts', 'neutralised', 'checked_answer', 'row_thought', 'read_calls', 'read_turn',
-           'read_turns', 'called', 'text_error', 'read_raw', 'identifier', 'cyrillic_language', 'latin_language',
-           'language_of', 'checkable_answer', 'foreign_row', 'foreign_rows', 'licence_gate', 'general_rows']
+           'read_turns', 'called', 'text_error', 'read_raw', 'identifier', 'word_score', 'cyrillic_language',
+           'latin_language', 'language_of', 'checkable_answer', 'foreign_row', 'foreign_rows', 'licence_gate',
+           'general_rows']
 
 # %% ../nbs/05a_rows.ipynb #f8cde151
 import ast
@@ -813,23 +814,44 @@ def identifier(script: str) -> Any:
     return model
 
 
+_LISTED = dict(ru="ru", uk="uk", bg="bg", mk="mk", sr="sh")  # those with word frequencies
+_SERBIAN = str.maketrans(
+    dict(zip("абвгдђежзијклмнопрстћуфхцчш", "abvgdđežzijklmnoprstćufhcčš"))
+    | {"љ": "lj", "њ": "nj", "џ": "dž"}
+)
+
+
+def word_score(words: list[str], language: str, plain: bool) -> float:
+    "How common words are in a language, summed; of a language without a list, a guess."
+    from wordfreq import zipf_frequency
+
+    if language not in _LISTED:
+        return (1.2 if plain else 2.5) * len(words)
+    if language == "sr":
+        words = [word.translate(_SERBIAN) for word in words]
+    return sum(zipf_frequency(word, _LISTED[language]) for word in words)
+
+
 def cyrillic_language(text: str) -> str:
-    "Which of ten languages a text in Cyrillic letters is in."
+    "Which of ten languages a text in Cyrillic letters is in; `und` where two are close."
     words = re.findall(rf"[{_SCRIPTS['cyrillic']}]+", text.lower())
     letters = Counter("".join(words))
     alien = {
         language: sum(count for letter, count in letters.items() if letter not in alphabet)
         for language, alphabet in _ALPHABETS.items()
     }
-    if not alien["ru"] and letters.total() < 20:
-        return "ru"
-    fewest = min(alien.values())
-    scores = dict(identifier("cyrillic").rank(" ".join(words)[:4000]))
-    possible = [language for language in _ALPHABETS if alien[language] <= 2 * fewest + 1]
-    best = max(possible, key=scores.__getitem__)
-    if not alien["ru"] and scores[best] - scores["ru"] < 2:
-        return "ru"
-    return best
+    fewest = min(alien.values()) + letters.total() // 100
+    possible = [language for language in _ALPHABETS if alien[language] <= fewest]
+    by_letters = dict(identifier("cyrillic").rank(" ".join(words)[:4000]))
+    scores = {
+        language: by_letters[language] + 3 * word_score(words[:80], language, not alien["ru"])
+        for language in possible
+    }
+    if "ru" in scores:
+        scores["ru"] += 8
+    best, *others = sorted(scores, key=scores.__getitem__, reverse=True)
+    close = bool(others) and scores[best] - scores[others[0]] < 4
+    return "und" if close else best
 
 
 def latin_language(text: str) -> str:
