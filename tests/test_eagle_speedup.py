@@ -210,6 +210,20 @@ def test_transformers_is_given_the_conditions_that_suit_it_best(measured):
     assert all(trial.ms_per_token > 0 for trial in trials)
 
 
+def test_the_cheapest_conditions_stay_and_lookup_follows_them():
+    def trial(wait, lookup, cost, dtype="bfloat16"):
+        return eagle_speedup.BaselineTrial(wait, 2, dtype, lookup, cost)
+
+    slow, quick = trial("", 0, 40.0), trial("PASSIVE", 0, 30.0, "float32")
+    elsewhere, here, worse = (
+        trial("", 3, 10.0),
+        trial("PASSIVE", 10, 25.0),
+        trial("PASSIVE", 3, 26.0),
+    )
+    trials = [slow, elsewhere, here, quick, worse]
+    assert eagle_speedup.best_trials(trials) == (quick, here)
+
+
 def test_a_baseline_has_an_environment_of_its_own(measured, monkeypatch):
     "The waiting policy reaches the baseline's process, unset too, and ours keeps its own."
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")

@@ -1241,6 +1241,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'tpro_nb/eagle_speedup.py'),
                                        'tpro_nb.eagle_speedup.baseline_conditions': ( 'eagle_speedup.html#baseline_conditions',
                                                                                       'tpro_nb/eagle_speedup.py'),
+                                       'tpro_nb.eagle_speedup.best_trials': ('eagle_speedup.html#best_trials', 'tpro_nb/eagle_speedup.py'),
                                        'tpro_nb.eagle_speedup.choose_baseline': ( 'eagle_speedup.html#choose_baseline',
                                                                                   'tpro_nb/eagle_speedup.py'),
                                        'tpro_nb.eagle_speedup.contestants': ('eagle_speedup.html#contestants', 'tpro_nb/eagle_speedup.py'),

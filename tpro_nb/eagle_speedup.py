@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['LOOKUPS', 'Contestant', 'ClockReading', 'StepClock', 'hf_events', 'BaselineConditions', 'BaselineTrial',
-           'baseline_conditions', 'Baseline', 'choose_baseline', 'our_contestant', 'contestants', 'PassParts',
-           'profiled_ms', 'hf_pass', 'kernel_pass', 'where_time_goes', 'prepared_prompts', 'end_ids', 'SpeedPlan',
-           'ReportedRun', 'run_reported', 'SpeedReport', 'cut_decoders', 'measure_speed', 'Invariance', 'AskedProblem',
-           'share_correct', 'invariance']
+           'baseline_conditions', 'Baseline', 'best_trials', 'choose_baseline', 'our_contestant', 'contestants',
+           'PassParts', 'profiled_ms', 'hf_pass', 'kernel_pass', 'where_time_goes', 'prepared_prompts', 'end_ids',
+           'SpeedPlan', 'ReportedRun', 'run_reported', 'SpeedReport', 'cut_decoders', 'measure_speed', 'Invariance',
+           'AskedProblem', 'share_correct', 'invariance']
 
 # %% ../nbs/14c_eagle_speedup.ipynb #7d5fa0e1
 import ctypes
@@ -254,25 +254,37 @@ def _cost(trial: BaselineTrial) -> float:
     return trial.ms_per_token
 
 
+def best_trials(trials: Sequence[BaselineTrial]) -> tuple[BaselineTrial, BaselineTrial]:
+    "The cheapest plain loop, and the cheapest prompt lookup under the same conditions."
+    plain = min((trial for trial in trials if not trial.lookup), key=_cost)
+    conditions = (plain.wait, plain.threads)
+    same = [trial for trial in trials if (trial.wait, trial.threads) == conditions]
+    return plain, min((trial for trial in same if trial.lookup), key=_cost)
+
+
 def choose_baseline(
     model: str,
     device: str,
     dev: Sequence[SpeedPrompt],  # prompts that choose
     new: int,  # most new tokens of each
     eos: Sequence[int],
+    known: Sequence[BaselineTrial] = (),  # trials of another target, which choose instead
 ) -> tuple[Baseline, list[BaselineTrial]]:  # the process that won, and every trial
     "Find the conditions under which transformers decodes fastest, and leave that process running."
     dtypes = ["bfloat16", "float32"] if device == "cpu" else ["bfloat16"]
-    trials = []
-    for conditions in baseline_conditions(device):
+    trials = list(known)
+    kept: Baseline | None = None
+    for conditions in [] if known else baseline_conditions(device):
         tried = Baseline(model, device, conditions, dtypes)
         trials += tried.try_all(dev, new, eos)
-        tried.close()
-    plain = min((trial for trial in trials if not trial.lookup), key=_cost)
-    conditions = BaselineConditions(plain.wait, plain.threads)
-    same = [trial for trial in trials if (trial.wait, trial.threads) == conditions]
-    lookup = min((trial for trial in same if trial.lookup), key=_cost)
-    kept = Baseline(model, device, conditions, sorted({plain.dtype, lookup.dtype}))
+        if best_trials(trials)[0][:2] == conditions:
+            kept, tried = tried, kept
+        if tried is not None:
+            tried.close()
+    plain, lookup = best_trials(trials)
+    if kept is None:
+        conditions = BaselineConditions(plain.wait, plain.threads)
+        kept = Baseline(model, device, conditions, sorted({plain.dtype, lookup.dtype}))
     kept.plain, kept.lookup = plain, lookup
     return kept, trials
 
@@ -488,6 +500,7 @@ class SpeedPlan:
     steps: str = "free"
     vocabs: list[int] = field(default_factory=list)  # shorter lists for the draft
     temperatures: list[float] = field(default_factory=list)  # swept on `dev`
+    tried: list = field(default_factory=list)  # `BaselineTrial`s of another target, to go by
 
     def decoder(self, draft: Path | str) -> Decoder:
         "The target with a draft, in bf16."
@@ -586,7 +599,8 @@ def measure_speed(**settings) -> SpeedReport:
     baseline: Baseline | None = None
     searched: list[BaselineTrial] = []
     if plan.baselines:
-        baseline, searched = choose_baseline(plan.model, plan.device, dev[:2], new, eos)
+        known = [BaselineTrial(*trial) for trial in plan.tried]
+        baseline, searched = choose_baseline(plan.model, plan.device, dev[:2], new, eos, known)
     sizes = sorted({1, *plan.sizes, *(nodes + 1 for _, _, nodes in plan.shapes)})
     total = plan.answers(len(cut))
     with tqdm(total=total, desc=f"speed, {plan.name}", unit="run", mininterval=1) as bar:
