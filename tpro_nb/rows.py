@@ -848,7 +848,7 @@ def cyrillic_language(text: str) -> str:
         for language in possible
     }
     if "ru" in scores:
-        scores["ru"] += 8
+        scores["ru"] += 6
     best, *others = sorted(scores, key=scores.__getitem__, reverse=True)
     close = bool(others) and scores[best] - scores[others[0]] < 4
     return "und" if close else best
