@@ -86,6 +86,7 @@ def vote_row(panes: list[Pane], winner: str, with_prompt: bool = False) -> dict[
         left=voted_name(left),
         right=voted_name(right),
         winner=winner,
+        turn=1 + len(left.history) // 2,
         settings=[{name: pane.settings.get(name) for name in TOLD_OF_A_SIDE} for pane in panes],
     )
     if with_prompt:
