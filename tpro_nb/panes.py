@@ -7,11 +7,11 @@ __all__ = ['OPEN', 'CLOSE', 'PAGE_STYLE', 'BRACKETS', 'ENVIRONMENT', 'MONEY', 'S
            'money', 'formula_signs', 'block_formula', 'answer_parser', 'escaped_markdown', 'inside', 'children_text',
            'write_text', 'write_break', 'formula_text', 'write_inline_formula', 'write_wide_formula',
            'write_block_formula', 'write_code', 'write_fence', 'write_link', 'write_image', 'write_heading',
-           'write_struck', 'write_rows', 'safe_markdown', 'seconds_between', 'acceptance', 'telemetry', 'PaneSettings',
-           'Pane', 'pane_request', 'thought_of', 'read_stream', 'Failure', 'failure_of', 'fill_pane', 'fill_panes',
-           'models_at', 'Exchange', 'said_text', 'history_of', 'room_left', 'TokenTexts', 'LoggedSide', 'side_rows',
-           'episode_rows', 'Playback', 'ReplaySide', 'is_step', 'read_replay', 'shipped_replay', 'ReplayTarget',
-           'LoggedPrompt', 'logged_prompts', 'replay_of_run', 'session_replay']
+           'write_struck', 'write_table_rows', 'safe_markdown', 'seconds_between', 'acceptance', 'telemetry',
+           'PaneSettings', 'Pane', 'pane_request', 'thought_of', 'read_stream', 'Failure', 'failure_of', 'fill_pane',
+           'fill_panes', 'models_at', 'Exchange', 'said_text', 'history_of', 'room_left', 'TokenTexts', 'LoggedSide',
+           'side_rows', 'episode_rows', 'Playback', 'ReplaySide', 'is_step', 'read_replay', 'shipped_replay',
+           'ReplayTarget', 'LoggedPrompt', 'logged_prompts', 'replay_of_run', 'session_replay']
 
 # %% ../nbs/15e_panes.ipynb #585cb07e
 import html
@@ -386,7 +386,7 @@ def write_struck(node, context) -> str:
 RULES = {"text-align:right": "---:", "text-align:center": ":-:"}  # of a column
 
 
-def write_rows(node, context) -> str:
+def write_table_rows(node, context) -> str:
     lines = []
     for row in node.walk():
         if row.type != "tr":
@@ -414,7 +414,7 @@ WRITERS = SimpleNamespace(  # in mdformat's form: kind of node → who writes it
         image=write_image,
         heading=write_heading,
         s=write_struck,
-        table=write_rows,
+        table=write_table_rows,
     )
 )
 
