@@ -4,7 +4,7 @@
 __all__ = ['KERNELS', 'KERNEL_FLAGS', 'PAGE', 'kernel_files', 'cpu_flags', 'c_compiler', 'kernels_key', 'compile_kernels',
            'kernels', 'pack_weights', 'interleaved', 'large_pages', 'packed_layer', 'PackedMatrix', 'address',
            'pointer', 'int_array', 'struct_fields', 'CLayer', 'CModel', 'CHead', 'CRows', 'CDraft', 'CDraftInput',
-           'CPool', 'pass_table', 'head_struct', 'DraftMemory', 'CEngine', 'fits', 'engine_for']
+           'CPool', 'pass_table', 'head_struct', 'DraftMemory', 'padded_slots', 'CEngine', 'fits', 'engine_for']
 
 # %% ../nbs/12c_c_engine.ipynb #ebf716ed
 import copy
@@ -34,6 +34,7 @@ from tpro_nb.torch_engine import (
     Stack,
     TorchEngine,
     Unread,
+    untouched,
 )
 from .trees import Candidate
 
@@ -291,6 +292,11 @@ class DraftMemory:
     struct: CDraft
 
 # %% ../nbs/12c_c_engine.ipynb #47278af0
+def padded_slots(slots: int) -> int:
+    "At least so many, and no power of two: neighbouring key rows must not share cache sets."
+    return (slots + 63) // 64 * 64 + 32
+
+
 class CEngine(Engine):
     "The same interface over the compiled kernels."
 
@@ -309,13 +315,9 @@ class CEngine(Engine):
         self.lib: Any = library
         self.stack, self.dtype = stack, dtype
         self.threads = (options.threads if options else 0) or torch.get_num_threads()
-        # not a power of two: neighbouring key rows must not share cache sets
-        self.slots = (slots + 63) // 64 * 64 + 32
+        self.slots = padded_slots(slots)
         self.hidden, self.intermediate = stack.layers[0].down.shape
         self.draft_memory: DraftMemory | None = None
-        kv_heads, head_dim = stack.kv_heads, stack.head_dim
-        self.keys = torch.zeros(len(stack.layers), kv_heads, head_dim, self.slots, dtype=dtype)
-        self.values = torch.zeros(len(stack.layers), kv_heads, self.slots, head_dim, dtype=dtype)
         self.weights = [packed_layer(layer, dtype) for layer in stack.layers]
         angle = torch.arange(self.slots)[:, None] * stack.inv_freq.cpu()
         self.cosines = (angle.cos() * stack.rope_scale).contiguous()
@@ -323,15 +325,23 @@ class CEngine(Engine):
         self.final_norm = None
         if stack.final_norm is not None:
             self.final_norm = stack.final_norm.float().contiguous()
+        self.make_cache()
+
+    def make_cache(self) -> None:
+        "A cache of `slots` slots, scratch memory, and the structs that point to them."
+        stack, slots = self.stack, self.slots
+        heads = len(stack.layers), stack.kv_heads
+        self.keys = untouched((*heads, stack.head_dim, slots), self.dtype)
+        self.values = untouched((*heads, slots, stack.head_dim), self.dtype)
         self.scratch = self.make_scratch()
         self.layers = self.layer_structs()
         self.model = CModel(
             hidden=self.hidden,
             intermediate=self.intermediate,
             heads=stack.heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            slots=self.slots,
+            kv_heads=stack.kv_heads,
+            head_dim=stack.head_dim,
+            slots=slots,
             layers=len(stack.layers),
             threads=self.threads,
             rows=self.MOST_ROWS,
@@ -372,12 +382,10 @@ class CEngine(Engine):
             structs.append(CLayer(keys=address(keys), values=address(values), **weights))
         return (CLayer * len(structs))(*structs)
 
-    def twin(self) -> "CEngine":
+    def twin(self, slots: int | None = None) -> "CEngine":
         twin = copy.copy(self)
-        twin.keys, twin.values = torch.zeros_like(self.keys), torch.zeros_like(self.values)
-        twin.layers = twin.layer_structs()
-        twin.model = CModel.from_buffer_copy(self.model)
-        twin.model.layer = ctypes.addressof(twin.layers)
+        twin.slots = padded_slots(slots) if slots else self.slots
+        twin.make_cache()
         return twin
 
     def prepare(self, matrix: torch.Tensor) -> PackedMatrix:
@@ -420,6 +428,11 @@ class CEngine(Engine):
         # kernels/decode.c
         self.lib.move(ctypes.byref(self.model), int_array(source), int_array(target), len(source))
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        here, there = slice(source, source + count), slice(target, target + count)
+        self.keys[..., there] = self.keys[..., here]
+        self.values[:, :, there] = self.values[:, :, here]
+
     def make_room_for_taps(self, rows: int) -> None:
         "Where `rows` rows leave what the taps read."
         if not self.taps:
@@ -451,14 +464,15 @@ class CEngine(Engine):
         return x
 
     def greedy(
-        self, embed: torch.Tensor, rows: list[PassRow], head: PackedMatrix
+        self, embed: torch.Tensor, rows: list[PassRow], head: PackedMatrix, start: int = 0
     ) -> tuple[torch.Tensor, list[int]]:
-        if len(rows) > self.MOST_ROWS:
-            return super().greedy(embed, rows, head)
+        asked = len(rows) - start
+        if len(rows) > self.MOST_ROWS or not asked:
+            return super().greedy(embed, rows, head, start)
         features = torch.empty(len(rows), self.hidden)
-        best = int_array([0] * len(rows))
+        best = int_array([0] * asked)
         self.make_room_for_taps(len(rows))
-        table, head_of = pass_table(rows), head_struct(head, len(rows))
+        table, head_of = pass_table(rows), head_struct(head, asked)
         # kernels/decode.c
         self.lib.greedy(
             ctypes.byref(self.model),
@@ -466,6 +480,7 @@ class CEngine(Engine):
             int_array([row.token for row in rows]),
             ctypes.byref(table),
             ctypes.byref(head_of),
+            start,
             pointer(features),
             best,
         )

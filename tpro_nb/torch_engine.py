@@ -3,15 +3,17 @@
 # %% auto #0
 __all__ = ['LayerWeights', 'Stack', 'fuse_layer', 'target_stack', 'draft_stack', 'PassRow', 'chain_rows', 'tree_rows',
            'EngineOptions', 'DraftWeights', 'Features', 'Unread', 'DraftOutput', 'Engine', 'draft_pass', 'DraftSteps',
-           'PassInputs', 'PassOutputs', 'FixedPass', 'TorchEngine', 'logits_of']
+           'untouched', 'PassInputs', 'PassOutputs', 'FixedPass', 'TorchEngine', 'logits_of']
 
 # %% ../nbs/12b_torch_engine.ipynb #f8395c56
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -269,19 +271,25 @@ class Engine(ABC):
         "Copy slots, in ascending order and each to a lower one: what was accepted closes up."
 
     @abstractmethod
-    def twin(self) -> "Engine":
-        "An engine over the same weights with a cache of its own."
+    def copy(self, source: int, target: int, count: int) -> None:
+        "Copy `count` slots from `source` on to those from `target` on; they do not overlap."
+
+    @abstractmethod
+    def twin(self, slots: int | None = None) -> "Engine":
+        "An engine over the same weights with a cache of its own, of `slots` slots or as many."
 
     def best(self, x: torch.Tensor, matrix: Any) -> list[int]:
         "The argmax of every row's outputs."
         return self.mm(x, matrix).argmax(-1).tolist()
 
     def greedy(
-        self, embed: torch.Tensor, rows: list[PassRow], head: Any
+        self, embed: torch.Tensor, rows: list[PassRow], head: Any, start: int = 0
     ) -> tuple[torch.Tensor, list[int]]:
-        "The target's turn: features [rows, H] and the argmax after every row."
+        "The target's turn: features [rows, H], and the argmax after every row from `start` on."
         features = self.forward(embed[[row.token for row in rows]].float(), rows)
-        return features, self.best(features, head)
+        if start == len(rows):
+            return features, []
+        return features, self.best(features[start:], head)
 
     def propose(
         self, weights: DraftWeights, unread: Unread, depth: int, topk: int
@@ -360,6 +368,14 @@ class DraftSteps:
         return below
 
 # %% ../nbs/12b_torch_engine.ipynb #393fe897
+def untouched(shape: Sequence[int], dtype: torch.dtype, device: Any = "cpu") -> torch.Tensor:
+    "Zeros; on a CPU no memory is taken before it is written to."
+    if str(device) != "cpu":
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+    memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(tuple(shape))
+
+
 class PassInputs(NamedTuple):
     "A pass as tensors on the device."
 
@@ -417,16 +433,22 @@ class TorchEngine(Engine):
         self.final_norm = None
         if stack.final_norm is not None:
             self.final_norm = stack.final_norm.to(self.device, dtype)
-        shape = len(self.weights), stack.kv_heads, slots, stack.head_dim
-        self.keys = torch.zeros(shape, dtype=dtype, device=self.device)
-        self.values = torch.zeros(shape, dtype=dtype, device=self.device)
+        self.keys, self.values = self.new_cache(), self.new_cache()
         angle = torch.arange(slots)[:, None] * stack.inv_freq.cpu()
         self.cos = (angle.cos() * stack.rope_scale).to(self.device)
         self.sin = (angle.sin() * stack.rope_scale).to(self.device)
 
-    def twin(self) -> "TorchEngine":
+    def new_cache(self) -> torch.Tensor:
+        "Keys or values of all layers and slots."
+        stack = self.stack
+        shape = len(self.weights), stack.kv_heads, self.slots, stack.head_dim
+        return untouched(shape, self.dtype, self.device)
+
+    def twin(self, slots: int | None = None) -> "TorchEngine":
         twin = copy.copy(self)
-        twin.keys, twin.values = torch.zeros_like(self.keys), torch.zeros_like(self.values)
+        twin.slots = slots or self.slots
+        twin.fixed_passes = {}
+        twin.keys, twin.values = twin.new_cache(), twin.new_cache()
         return twin
 
     def prepare(self, matrix: torch.Tensor) -> torch.Tensor:
@@ -443,6 +465,10 @@ class TorchEngine(Engine):
         self.keys[:, :, target] = self.keys[:, :, source]
         self.values[:, :, target] = self.values[:, :, source]
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        for cache in (self.keys, self.values):
+            cache[:, :, target : target + count] = cache[:, :, source : source + count]
+
     def rope(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         "Heads [rows, heads, head_dim], float32, rotated to their positions."
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
@@ -454,13 +480,13 @@ class TorchEngine(Engine):
         layer: int,
         queries: torch.Tensor,  # [rows, heads, head_dim], rotated
         mask: torch.Tensor | None,  # as in `PassInputs`
-        reach: int,
+        reach: slice,
     ) -> torch.Tensor:
-        "Attention of a layer over the first `reach` slots, [rows, heads * head_dim]."
+        "Attention of a layer over the slots in reach, [rows, heads * head_dim]."
         heads, kv_heads, head_dim = self.stack.heads, self.stack.kv_heads, self.stack.head_dim
         rows = len(queries)
-        keys = self.keys[layer : layer + 1, :, :reach]
-        values = self.values[layer : layer + 1, :, :reach]
+        keys = self.keys[layer : layer + 1, :, reach]
+        values = self.values[layer : layer + 1, :, reach]
         queries = queries.transpose(0, 1).to(self.dtype)
         if mask is None:
             y = F.scaled_dot_product_attention(
@@ -476,8 +502,8 @@ class TorchEngine(Engine):
             y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=grouped_mask)
         return y.reshape(heads, rows, head_dim).transpose(0, 1).reshape(rows, -1)
 
-    def run_layers(self, inputs: PassInputs, reach: int) -> PassOutputs:
-        "The stack over the first `reach` slots. No tensor's content decides an operation or shape."
+    def run_layers(self, inputs: PassInputs, reach: slice) -> PassOutputs:
+        "The stack over the slots in reach. No tensor's content decides an operation or shape."
         stack = self.stack
         x, positions, slots, mask, beside = inputs
         tapped = []
@@ -508,27 +534,28 @@ class TorchEngine(Engine):
         self, x: torch.Tensor, rows: list[PassRow], beside: torch.Tensor | None = None
     ) -> torch.Tensor:
         slots = [row.slot for row in rows]
-        reach = max(slots) + 1
-        mask = torch.zeros(len(rows), reach, dtype=torch.bool)
+        first, last = min(row.base for row in rows), max(slots) + 1
+        mask = torch.zeros(len(rows), last, dtype=torch.bool)
         for i, row in enumerate(rows):
             mask[i, row.base : row.base + row.past] = True
             mask[i, row.others] = True
+        in_reach = mask[:, first:]
         whole_prompt = (
             self.attention == "fused"
-            and len(rows) == reach
-            and torch.equal(mask, torch.ones_like(mask).tril())
+            and len(rows) == last - first
+            and torch.equal(in_reach, torch.ones_like(in_reach).tril())
         )
         inputs = PassInputs(
             x=x.to(self.device),
             positions=torch.tensor([row.position for row in rows], device=self.device),
             slots=torch.tensor(slots, device=self.device),
-            mask=None if whole_prompt else mask.to(self.device),
+            mask=None if whole_prompt else in_reach.to(self.device),
             beside=beside,
         )
         if self.steps == "free" or whole_prompt or len(rows) > self.MOST_FIXED:
-            outputs = self.run_layers(inputs, reach)
+            outputs = self.run_layers(inputs, slice(first, last))
         else:
-            whole_cache = F.pad(mask, (0, self.slots - reach)).to(self.device)
+            whole_cache = F.pad(mask, (0, self.slots - last)).to(self.device)
             outputs = self.run_fixed(inputs._replace(mask=whole_cache))
         self.tapped = outputs.tapped
         return outputs.states
@@ -541,7 +568,7 @@ class TorchEngine(Engine):
         kept = self.fixed_passes[key]
         kept.inputs.overwrite(inputs)
         if self.steps == "fixed":
-            return self.run_layers(kept.inputs, self.slots)
+            return self.run_layers(kept.inputs, slice(0, self.slots))
         if kept.graph is None:
             self.capture(kept)
         kept.graph.replay()
@@ -556,10 +583,10 @@ class TorchEngine(Engine):
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(3):  # libraries must have set themselves up; the slots are the same
-                    self.run_layers(kept.inputs, self.slots)
+                    self.run_layers(kept.inputs, slice(0, self.slots))
             torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(graph):
-                kept.outputs = self.run_layers(kept.inputs, self.slots)
+                kept.outputs = self.run_layers(kept.inputs, slice(0, self.slots))
         kept.graph = graph
 
 # %% ../nbs/12b_torch_engine.ipynb #917c5a9f

@@ -13,10 +13,11 @@ EXPORT void forward(Model *model, float *x, const Weight *beside, const Rows *ro
     }
 }
 
-/* From tokens to features (x, [rows][hidden]) and to the argmax of every row's outputs. */
+/* From tokens to features (x, [rows][hidden]), and to the argmax of the outputs of every row from
+   `start` on. */
 EXPORT void greedy(Model *model, const Weight *embed, const int *tokens, const Rows *rows,
-                   const Head *head, float *x, int *best) {
-    int hidden = model->hidden, n_rows = rows->count;
+                   const Head *head, int start, float *x, int *best) {
+    int hidden = model->hidden, n_rows = rows->count, asked = n_rows - start;
     start_team(model);
 #pragma omp parallel num_threads(model->threads)
     {
@@ -30,11 +31,11 @@ EXPORT void greedy(Model *model, const Weight *embed, const int *tokens, const R
             model->seconds[LAST_MARK] = omp_get_wtime();
         run_layers(model, x, 0, rows, &me);
         mark(model, &me, PRODUCTS);
-        for (int i = 0; i < n_rows; i++)
-            norm_row(x + (size_t)i * hidden, 0, own + (size_t)i * hidden, hidden, 0);
-        product(own, head->weights, head->scores, n_rows, head->n_out, hidden, 0, &me);
+        for (int i = 0; i < asked; i++)
+            norm_row(x + (size_t)(start + i) * hidden, 0, own + (size_t)i * hidden, hidden, 0);
+        product(own, head->weights, head->scores, asked, head->n_out, hidden, 0, &me);
         meet(&me);
-        for (int i = me.index; i < n_rows; i += me.count)
+        for (int i = me.index; i < asked; i += me.count)
             best[i] = argmax(head->scores + (size_t)i * head->n_out, head->real);
         meet(&me);
         mark(model, &me, HEAD);
