@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from test_server import answer, body, direct, folders, one_thread, post, svc, url  # noqa: F401
 
 import tpro_nb
-from tpro_nb import scheduler
 from tpro_nb.chat_service import (
     NEUTRAL,
     UNUSED,
@@ -24,9 +23,11 @@ from tpro_nb.chat_service import (
     Message,
     field_table,
 )
+from tpro_nb.decoder import Read
 from tpro_nb.panes import Pane, PaneSettings, fill_pane, text_of_rows
 from tpro_nb.scheduler import Reply, TextStep
 from tpro_nb.sft import read_reply
+from tpro_nb.trees import Tree
 
 QWEN3 = Path(tpro_nb.__file__).parent / "tables" / "qwen3_chat_template.jinja"
 USER = dict(role="user", content="Привет")
@@ -381,11 +382,12 @@ def says(svc, monkeypatch, text, a_step=1):  # noqa: F811
     "The decoder says just this, whatever it is asked, and then ends."
     ids = svc.tok.encode(text, add_special_tokens=False) + svc.sched.eos[:1]
 
-    def steps(dec, asked, eos=(), meta=None):
-        for start in range(0, min(len(ids), asked.new), a_step):
-            yield TextStep(ids[start : min(start + a_step, asked.new)], accepted=0)
+    def write_text(task):
+        for start in range(0, min(len(ids), task.max_new_tokens), a_step):
+            yield Read([], Tree([-1], task.prompt[-1:]), 0, task.choose, task.base)
+            task.tell(TextStep(ids[start : min(start + a_step, task.max_new_tokens)], accepted=0))
 
-    monkeypatch.setattr(scheduler, "steps", steps)
+    monkeypatch.setattr(svc.sched.dec, "write_text", write_text)
 
 
 def message_of(response):

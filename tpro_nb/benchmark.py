@@ -120,11 +120,12 @@ async def timed_answer(response, began: float) -> dict:
     if not tokens:
         return dict(error="the stream ended without a token count")
     steps = info.get("spec_verify_ct")
+    drafted = tokens - 1 - info.get("spec_rested_tokens", 0)
     return dict(
         tokens=tokens,
         ttft_s=first,
         latency_s=time.perf_counter() - began,
-        acceptance_length=(tokens - 1) / steps if steps else None,
+        acceptance_length=drafted / steps if steps else None,
     )
 
 

@@ -30,10 +30,13 @@ from tpro_nb.scheduler import (
     THINK_OPEN,
     Item,
     Job,
+    PassCosts,
     Scheduler,
+    ServingOptions,
     Shown,
     TextRequest,
     check_request,
+    pass_costs,
     request_id,
 )
 
@@ -49,7 +52,7 @@ UNUSED = {  # fields that cannot change the text
     "prompt_cache_options": "only saves time",
     "prediction": "only saves time; guesses are the draft's",
     "parallel_tool_calls": "there are no tools",
-    "priority": "requests take turns",
+    "priority": "all requests run together",
     "cache_salt": "only saves time",
     "request_id": "the answer has its own",
     "rid": "the answer has its own",
@@ -415,8 +418,11 @@ class ServiceSettings:
     tree: tuple[int, ...] = (3, 4, 8)  # depth, topk, nodes
     dtype: str = "bfloat16"
     context: int = 2048  # tokens a cache holds
-    slots: int = 4  # requests that run at a time
+    slots: int = 8  # requests that run at a time
     queue: int = 64  # requests that may wait
+    keep: int = 4  # ended texts whose keys and values are kept for the next turn; 0: none
+    piece: int = 0  # tokens of a prompt that are read in one turn; 0: measured
+    draft_up_to: int = 0  # running requests for which the draft works; 0: by the cost model
     threads: int = 0  # CPU threads of the decoder, 0: all cores
     device: str = "cpu"
     limits: Limits = field(default_factory=Limits)
@@ -579,11 +585,24 @@ class Service:
             self.models = {self.name: tuple(settings.tree), f"{self.name}-plain": None}
         # a wrong tree is said now, not at the first request
         check_request(self.dec, TextRequest([0], 1, self.models[self.name]))
-        self.sched = Scheduler(
-            self.dec, self.tok, end_ids(settings.model), settings.slots, settings.queue
+        options = ServingOptions(
+            slots=settings.slots,
+            queue=settings.queue,
+            keep=settings.keep,
+            piece=settings.piece,
+            draft_up_to=settings.draft_up_to,
+            costs=self.costs(),
         )
+        self.sched = Scheduler(self.dec, self.tok, end_ids(settings.model), options)
         self.started = time.time()
         self.open: dict[str, Job] = {}  # jobs whose client is being answered, of the event loop
+
+    def costs(self) -> PassCosts | None:
+        "What passes cost here, where that is not settled without."
+        settings, tree = self.settings, self.models[self.name]
+        if settings.piece and (settings.draft_up_to or tree is None):
+            return None
+        return pass_costs(self.dec, tree, settings.slots)
 
     def rendered(self, rows: list[dict], thinking: bool) -> str:
         "Messages in the model's chat form, or `Refused`."
@@ -758,10 +777,13 @@ def step_row(service: Service, job: Job, item: Item) -> dict:
 
 
 def usage_block(job: Job) -> dict:
-    "OpenAI's count of a request's tokens."
+    "OpenAI's count of a request's tokens; `cached_tokens` of the prompt were not read again."
     prompt = len(job.asked.prompt)
     return dict(
-        prompt_tokens=prompt, completion_tokens=job.tokens, total_tokens=prompt + job.tokens
+        prompt_tokens=prompt,
+        completion_tokens=job.tokens,
+        total_tokens=prompt + job.tokens,
+        prompt_tokens_details=dict(cached_tokens=job.cached),
     )
 
 # %% ../nbs/15b_chat_service.ipynb #466a2af2

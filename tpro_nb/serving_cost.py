@@ -122,7 +122,7 @@ async def crowd(service: Service, url: str, many: int = 50, new: int = 24) -> di
         if number % 3:
             return await chat_text(client, url, body)
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(chat_text(client, url, body), 0.02 + 0.01 * (number % 7))
+            await asyncio.wait_for(chat_text(client, url, body), 0.02 + 0.04 * (number % 7))
         return None
 
     limits = httpx.Limits(max_connections=many)

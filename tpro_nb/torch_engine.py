@@ -242,8 +242,16 @@ class Engine(ABC):
     "Runs a stack over its cache. `greedy` and `propose` are the readable form of what is asked."
 
     stack: Stack
+    slots: int  # tokens that the cache holds
+    keys: torch.Tensor  # of all layers and slots
+    values: torch.Tensor
     taps: Sequence[int] = ()  # layers whose output an EAGLE-3 draft reads
     tapped: torch.Tensor | None = None  # theirs of the last pass, [rows, taps * H] float32
+
+    @property
+    def slot_bytes(self) -> int:
+        "Memory of one slot of the cache."
+        return (self.keys.nbytes + self.values.nbytes) // self.slots
 
     @abstractmethod
     def prepare(self, matrix: torch.Tensor) -> Any:
