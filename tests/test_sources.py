@@ -219,10 +219,10 @@ def test_every_kind_of_file_gives_every_row_once_with_its_number(name, tmp_path)
     ]
 
 
-def read_bytes(folder: Path, name: str, content: bytes) -> dict[int, str | dict]:
+def read_bytes(folder: Path, name: str, content: bytes, mb: float = 1e-5) -> dict[int, str | dict]:
     "Number → what was read of a file, or why not."
     (folder / name).write_bytes(content)
-    pieces = sources.cut_sources(sources.find_sources([str(folder / name)]), piece_mb=1e-5)
+    pieces = sources.cut_sources(sources.find_sources([str(folder / name)]), piece_mb=mb)
     read = [row for piece in pieces for row in sources.read_piece(piece)]
     return {row.line: row.raw.reason if isinstance(row.raw, Broken) else row.raw for row in read}
 
@@ -239,14 +239,14 @@ def test_awkward_files(tmp_path):
     assert torn[1] == dict(a=1) and torn[4] == dict(a=4)
     assert "not json" in torn[2] and "not UTF-8" in torn[3] and "not json" in torn[5]
     big = json.dumps(dict(a="я" * 2_000_000)).encode()
-    assert len(read_bytes(tmp_path, "big.jsonl", big + b"\n" + big)) == 2
+    assert len(read_bytes(tmp_path, "big.jsonl", big + b"\n" + big, 1)) == 2
     assert len(read_bytes(tmp_path, "big.json", b"[" + big + b"," + big + b"]")) == 2
     unended = read_bytes(tmp_path, "unended.json", b'[{"a": 1}, {"a": 2}')
     assert unended[2] == dict(a=2) and "does not end" in unended[3]
     lines = read_bytes(tmp_path, "lines.json", b'{"a": 1}\n{"a": 2}')
     assert list(lines.values()) == [dict(a=1), dict(a=2)]
     packed = gzip.compress(b'{"a": 1}\n' * 9_000, 0)
-    cut = read_bytes(tmp_path, "cut.jsonl.gz", packed[:-4000])
+    cut = read_bytes(tmp_path, "cut.jsonl.gz", packed[:-4000], 1)
     assert [line for line, raw in cut.items() if isinstance(raw, str)] == [max(cut)]
     assert "ends in the middle" in cut[max(cut)]
     long = list(sources.byte_lines(__import__("io").BytesIO(b"a" * 5_000_000 + b"\nb"), 2_000_000))

@@ -138,6 +138,7 @@ class Forwarded(NamedTuple):
 
 
 FORWARDED = dict(
+    curate=Forwarded("curate", "a clean, deduplicated, decontaminated set of rows that you bring"),
     serve=Forwarded("server", "an OpenAI-compatible server (demo extra)"),
     playground=Forwarded("playground", "the chat page (demo extra)"),
     ablate=Forwarded(

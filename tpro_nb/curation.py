@@ -245,7 +245,9 @@ LIMITS: dict[str, dict[str, tuple[float, float]]] = dict(  # parameter â†’ key â
         max_sd=(0, math.inf),
         student_floor=(-math.inf, math.inf),
     ),
-    shares=dict(jaccard=(1e-9, 1), diverse_share=(0, 1), english_pct=(0, 100)),
+    shares=dict(
+        jaccard=(1e-9, 1), diverse_share=(0, 1), balance_share=(0, 1), english_pct=(0, 100)
+    ),
     counts=dict(
         tag_min_count=(0, math.inf),
         ifd_rows=(0, math.inf),
@@ -352,6 +354,7 @@ class FunnelSettings:
     licences: list[str]  # what may enter the corpus
     jaccard: float = 0.7  # two rows this similar are near-duplicates
     diverse_share: float = 0.8  # share of the open rows that diversity sampling keeps
+    balance_share: float = 0.9  # share of the open rows that the balance keeps
     english_pct: float = 10.0  # English share of characters, percent
     semantic_rows: int = 0  # rows that the embedder examines, in hash order; 0: all
     semantic_cosine: float = 0.95  # nearer within a cluster is a duplicate
@@ -448,7 +451,7 @@ def choose_by_tags(funnel: Funnel, settings: FunnelSettings, models: CurationMod
         return normalise_tags(rows, settings.tag_min_count, embed_tags)[0]
 
     diverse = partial(diverse_step, share=settings.diverse_share)
-    balanced = partial(balance_step, share=0.9)
+    balanced = partial(balance_step, share=settings.balance_share)
     funnel.step("tags", partial(tag_rows, tagger=models.tagger), models.tagged_by)
     funnel.step("tidy_tags", tidy, f"seen on at least {settings.tag_min_count} rows")
     funnel.step("diversity", on_some(is_open, diverse), "complex first")

@@ -140,7 +140,7 @@ def cut_lines(source: RowSource, piece_bytes: int) -> list[Piece]:
     start = number = 0
     begin, count = 0, 0  # of the piece that grows
     with open(source.name, "rb") as file:
-        while block := file.read(1 << 23):
+        while block := file.read(min(piece_bytes, 1 << 23)):
             last = block.rfind(b"\n") + 1
             if last and start + last - begin >= piece_bytes:
                 inside = block.count(b"\n", 0, last)

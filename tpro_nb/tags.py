@@ -4,18 +4,18 @@
 __all__ = ['DOMAINS', 'TIERS', 'Tagger', 'Example', 'wording_patterns', 'task_of', 'subject_words', 'rule_tags', 'read_tags',
            'endpoint_tagger', 'tag_rows', 'TaskClassifier', 'wording_start', 'wording_to_keep_back', 'turns_by_task',
            'trained_tagger', 'merge_tags', 'tag_counts', 'plain_tag', 'alike_tags', 'implied_tags', 'normalise_tags',
-           'diverse_sample', 'diverse_each', 'quotas', 'balance', 'english_share', 'language_mix', 'language_step',
-           'language_note']
+           'diverse_sample', 'diverse_each', 'quotas', 'balance', 'row_chars', 'english_share', 'language_mix',
+           'language_step', 'language_note']
 
 # %% ../nbs/05f_tags.ipynb #0311ca40
 import json
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from itertools import chain, permutations
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 from more_itertools import bucket
 
@@ -402,17 +402,22 @@ def balance(rows: list[Row], n: int, keys: tuple[str, ...] = ("domain", "tier"))
     return [row for row in rows if id(row) in keep]
 
 # %% ../nbs/05f_tags.ipynb #693bfc84
+def row_chars(row: Mapping[str, Any]) -> int:
+    "Characters of a row; of a line of the funnel's table, what stands there."
+    return row["chars"] if "chars" in row else len(row_text(cast(Row, row)))
+
+
 def english_share(rows: list[Row]) -> float:
     "Percent of the characters that stand in English rows."
-    english = sum(len(row_text(row)) for row in rows if row["lang"] == "en")
-    return 100 * english / max(1, sum(len(row_text(row)) for row in rows))
+    english = sum(row_chars(row) for row in rows if row["lang"] == "en")
+    return 100 * english / max(1, sum(map(row_chars, rows)))
 
 
 def language_mix(rows: list[Row], pct: float) -> list[Row]:
     """Rows in which at most `pct` percent of the characters are English; surplus goes from the end.
 
     Where English falls short, no other row goes for it."""
-    sizes = [len(row_text(row)) for row in rows]
+    sizes = [row_chars(row) for row in rows]
     english = sum(size for row, size in zip(rows, sizes) if row["lang"] == "en")
     others = sum(sizes) - english
     if english * (100 - pct) <= others * pct:

@@ -1,0 +1,110 @@
+"`tpro-nb curate` as somebody uses it: files, a benchmark, and questions about rows."
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tpro_nb import cli, curate
+from tpro_nb.core import UserError, read_json
+
+EXAM = "Найдите площадь треугольника со сторонами 3, 4 и 5 и прямым углом между ними."
+ROWS = [
+    dict(instruction="Кто написал «Войну и мир»?", output="Лев Толстой написал этот роман."),
+    dict(instruction="КТО НАПИСАЛ «Войну и мир»", output="Лев Толстой написал этот роман"),
+    dict(instruction=EXAM.replace("Найдите", "Вычислите"), output="Площадь равна 6."),
+    dict(instruction="Переведи: кот", output=None),
+    dict(instruction="Сколько будет 2 + 2?", output="Четыре, потому что это сумма."),
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    "A folder to work in, with rows and a benchmark."
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+    Path("rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    Path("exam.json").write_text(json.dumps([dict(question=EXAM)]), encoding="utf-8")
+    return tmp_path
+
+
+def said_by(capsys, *argv: str) -> str:
+    "What the command prints; its status must be 0."
+    with pytest.raises(SystemExit) as end:
+        cli.main(["curate", *argv])
+    said = capsys.readouterr()
+    assert end.value.code == 0, said.err
+    return said.out
+
+
+def test_a_run_and_questions_about_its_rows(folder, capsys):
+    said = said_by(capsys, "rows.jsonl", "--protect", "exam.json", "--out", "clean")
+    assert "begins with alpaca" in said
+    assert "5  rows read" in said and "2  kept" in said
+    manifest = read_json("clean/manifest.json")
+    assert manifest["dropped_by_step"] == dict(decontaminate=1, exact=1, read=1)
+    assert manifest["languages"]["ru"]["rows"] == 2
+    asked = {
+        "rows.jsonl:3": "it met the protected item exam.json:1",
+        "rows.jsonl:4": "output: ",
+        "rows.jsonl:5": "kept: in kept/00000.parquet",
+    }
+    for row, answer in asked.items():
+        assert answer in said_by(capsys, "clean", "--why", row)
+    copies = {
+        row: said_by(capsys, "clean", "--why", row) for row in ("rows.jsonl:1", "rows.jsonl:2")
+    }
+    (gone,) = [text for text in copies.values() if "dropped by exact" in text]
+    assert "it met foreign-" in gone
+    again = said_by(capsys, "rows.jsonl", "--protect", "exam.json", "--out", "clean")
+    assert "2  kept" in again
+
+
+WRONG = {
+    "no --out": (["rows.jsonl"], "--out DIR is needed"),
+    "no such file": (["rows.json", "--out", "o"], "rows.json: no such file"),
+    "no such benchmark": (["rows.jsonl", "--out", "o", "--protect", "x.jsonl"], "x.jsonl: no such"),
+    "a benchmark without questions": (
+        ["rows.jsonl", "--out", "o", "--protect", "keys.jsonl"],
+        "keys.jsonl, row 1: no question under",
+    ),
+    "another key": (
+        ["rows.jsonl", "--out", "o", "--protect", "exam.json", "--protect-key", "q"],
+        "exam.json, row 1: no question under q",
+    ),
+    "jaccard": (["rows.jsonl", "--out", "o", "--jaccard", "70"], "jaccard: 70"),
+    "workers": (["rows.jsonl", "--out", "o", "--workers", "0"], "workers: 0"),
+    "shard_mb": (["rows.jsonl", "--out", "o", "--shard-mb", "-1"], "shard_mb"),
+    "slurm": (["rows.jsonl", "--out", "o", "--executor", "slurm"], "partition, time"),
+    "tokenizer": (["rows.jsonl", "--out", "o", "--tokenizer", "t"], "tokenizer: no such file"),
+    "template": (["rows.jsonl", "--out", "o", "--template", "t"], "chat template: no such file"),
+    "no rows": (["empty.jsonl", "--out", "o"], "no rows in empty.jsonl"),
+    "no run": (["rows.jsonl", "--why", "rows.jsonl:1"], "no finished run"),
+}
+
+
+@pytest.mark.parametrize("argv, named", WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_said_before_work_starts(argv, named, folder, capsys):
+    Path("empty.jsonl").touch()
+    Path("keys.jsonl").write_text('{"q": "2+2?"}')
+    with pytest.raises(SystemExit) as end:
+        cli.main(["curate", *argv])
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert named in said and "Traceback" not in said
+    assert not Path("o/work").exists()
+
+
+def test_rows_that_were_never_there(folder, capsys):
+    said_by(capsys, "rows.jsonl", "--out", "clean")
+    with pytest.raises(UserError, match="no row of this id"):
+        curate.why_text("clean", "rows.jsonl:99")
+
+
+def test_a_dry_run_shows_the_plan_and_reads_nothing(folder, capsys):
+    said = said_by(capsys, "rows.jsonl", "--out", "clean", "--dry-run")
+    assert "step duplicates: 1 tasks" in said
+    assert not Path("clean/kept").exists()
+    slurm = ["--executor", "slurm", "--slurm", "partition=cpu", "--slurm", "time=1:00"]
+    said = said_by(capsys, "rows.jsonl", "--out", "clean", "--dry-run", *slurm)
+    assert "clean/work/slurm/read.slurm" in said

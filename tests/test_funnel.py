@@ -1,0 +1,247 @@
+"The funnel over shards: the same survivors however it is run, and a run that was killed."
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import dill
+import pyarrow.parquet as pq
+import pytest
+from datatrove.executor import slurm
+
+from tpro_nb import curate, decontamination, duplicates, funnel, rows, sources, tags
+from tpro_nb.core import UserError
+from tpro_nb.curation import FunnelSettings
+
+EXAM = "Сколько досок нужно на забор в {} метров, если доска шириной 2 дециметра стоит {} рублей?"
+
+
+def dump(n: int = 60, seed: int = 0) -> list[dict]:
+    "Rows with copies in other dress, near copies, templates, leaks, and rows that are refused."
+    rng = random.Random(seed)
+    words = [documented.summary for documented in rows.stdlib_docs()[:400]]
+    made = []
+    for number in range(n):
+        question = f"Объясни по-русски: {rng.choice(words)} И ещё: {rng.choice(words)}"
+        answer = " ".join(rng.sample(words, 3))
+        made.append(dict(prompt=question, response=answer))
+        if number % 6 == 0:
+            made.append(dict(prompt=question.upper(), response=answer + "!"))
+        if number % 7 == 0:
+            plain = [word for word in answer.split() if word.isalpha() and word.islower()]
+            other = answer.replace(f" {plain[3]} ", " ", 1)
+            made.append(dict(prompt=question, response=other))
+        if number % 8 == 0:
+            made.append(dict(prompt=f"Сложи {number} и {number + 3}.", response="Ответ выше."))
+        if number % 20 == 0:
+            made.append(dict(prompt=f"Задача. {EXAM.format(number, 90)}", response="Пять."))
+        if number % 25 == 0:
+            made += [dict(prompt="Как?", response=None), dict(text="?")]
+    return made
+
+
+def write_lines(path: Path, made: list[dict]) -> str:
+    lines = [json.dumps(raw, ensure_ascii=False) for raw in made]
+    path.write_text("\n".join(lines) + '\n{"prompt": "то', encoding="utf-8")
+    return str(path)
+
+
+def asked_of(folder: Path, made: list[dict], name: str, **others) -> curate.Curation:
+    "The same request, over rows in some order."
+    folder.mkdir(parents=True, exist_ok=True)
+    exam = folder / "exam.jsonl"
+    items = [dict(question=EXAM.format(number, 90)) for number in range(0, 60, 20)]
+    exam.write_text("\n".join(json.dumps(item) for item in items), encoding="utf-8")
+    inputs = [write_lines(folder / "dump.jsonl", made)]
+    told = dict(inputs=inputs, out=str(folder / name), protect=[str(exam)], shard_mb=0.01)
+    return curate.Curation(**(told | others))
+
+
+def kept_rows(out: str | Path) -> dict[str, rows.Row]:
+    files = sorted(Path(out, "kept").glob("*.parquet"))
+    return {row["id"]: row for file in files for row in funnel.read_shard(file)}
+
+
+def dropped_rows(out: str | Path) -> list[dict]:
+    return pq.read_table(Path(out) / "dropped.parquet").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory) -> curate.Curation:
+    "A finished run with one worker."
+    asked = asked_of(tmp_path_factory.mktemp("once"), dump(), "out")
+    curate.curate_files(asked)
+    return asked
+
+
+def test_every_row_is_accounted_for_and_says_why(once):
+    kept, dropped = kept_rows(once.out), dropped_rows(once.out)
+    assert len(kept) + len(dropped) == len(dump()) + 1
+    steps = {line["step"] for line in dropped}
+    assert {"read", "exact", "near", "decontaminate"} <= steps
+    assert {(line["source"], line["line"]) for line in dropped}.isdisjoint(
+        (row["source"], row["line"]) for row in kept.values()
+    )
+    known = set(kept) | {line["id"] for line in dropped}
+    items = {item["id"] for item in json.loads(Path(once.out, "protected.json").read_text())}
+    for line in dropped:
+        met = line["met"]
+        assert met in items if line["step"] == "decontaminate" else not met or met in known
+    reasons = [line["reason"] for line in dropped if line["step"] == "read"]
+    assert any(reason.startswith("response: ") for reason in reasons)
+    assert any("keys: text" in reason for reason in reasons)
+    assert any("not json" in reason for reason in reasons)
+
+
+def test_shards_decide_as_the_steps_in_memory_do(once):
+    read = []
+    for line, raw in enumerate(dump(), start=1):
+        try:
+            read.append(sources.read_foreign(raw, once.inputs[0], line, sources.Reading())[0])
+        except rows.RowFault:
+            continue
+    left = duplicates.near_dedup(duplicates.exact_step(read).rows, 0.7).rows
+    guard = decontamination.LeakGuard(curate.read_protected(once.protect))
+    left, _ = decontamination.decontaminate(left, guard)
+    assert {row["id"] for row in left} == set(kept_rows(once.out))
+
+
+def test_two_workers_other_shards_and_another_order_leave_the_same_rows(once, tmp_path):
+    shuffled = dump()
+    random.Random(1).shuffle(shuffled)
+    asked = asked_of(tmp_path, shuffled, "out", shard_mb=0.02)
+    manifest = curate.curate_files(asked, funnel.Machines(workers=2))
+    assert set(kept_rows(asked.out)) == set(kept_rows(once.out))
+    assert manifest["read"] == manifest["kept"] + manifest["dropped"]
+    # Asked again, a finished run answers at once; asked something else, it is refused.
+    assert curate.curate_files(asked) == manifest
+    with pytest.raises(UserError, match="asked something else"):
+        others = FunnelSettings([], jaccard=0.6, diverse_share=1, balance_share=1, english_pct=100)
+        curate.curate_files(asked_of(tmp_path, shuffled, "out", shard_mb=0.02, settings=others))
+
+
+RUN = """
+import sys
+from tpro_nb import curate, funnel, sources
+from tpro_nb.curation import FunnelSettings
+import time
+
+read_piece = sources.read_piece
+def slowly(piece):
+    time.sleep(float(sys.argv[4]))
+    return read_piece(piece)
+funnel.read_piece = slowly
+asked = curate.Curation([sys.argv[1]], sys.argv[2], [sys.argv[3]], shard_mb=0.01)
+curate.curate_files(asked)
+"""
+
+
+def test_a_killed_run_loses_at_most_a_shard(once, tmp_path):
+    asked = asked_of(tmp_path, dump(), "out")
+
+    def start(pause: float) -> subprocess.Popen:
+        line = [asked.inputs[0], asked.out, asked.protect[0], str(pause)]
+        return subprocess.Popen([sys.executable, "-c", RUN, *line], stderr=subprocess.DEVNULL)
+
+    child = start(0.5)
+    done = Path(asked.out, "work/logs/read/completions")
+    for _ in range(400):
+        if len(list(done.glob("*"))) >= 2:
+            break
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    finished = {file.name for file in done.glob("*")}
+    assert 2 <= len(finished) < len(funnel_pieces(asked))
+    shards = [funnel.shard_path(Path(asked.out, "work/read/rows"), int(n)) for n in finished]
+    written = {shard: shard.stat().st_mtime_ns for shard in shards}
+    assert not Path(asked.out, "manifest.json").exists()
+    again = subprocess.Popen(
+        [sys.executable, "-c", RUN.replace("curate.curate_files(asked)", WATCH), *child.args[3:]],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    told, _ = again.communicate()
+    read_again = set(json.loads(told.splitlines()[-1]))
+    assert read_again == {
+        f"{n:05}" for n in range(len(funnel_pieces(asked))) if f"{n:05}" not in finished
+    }
+    assert written.keys() and set(kept_rows(asked.out)) == set(kept_rows(once.out))
+
+
+WATCH = """
+import json
+run_for_rank, ran = funnel.QuietExecutor._run_for_rank, []
+def noted(self, rank, *others):
+    if "read" in str(self.logging_dir.path) and not self.is_rank_completed(rank):
+        ran.append(f"{rank:05}")
+    return run_for_rank(self, rank, *others)
+funnel.QuietExecutor._run_for_rank = noted
+curate.curate_files(asked)
+print(json.dumps(ran))
+"""
+
+
+def funnel_pieces(asked: curate.Curation) -> list[sources.Piece]:
+    return sources.cut_sources(sources.find_sources(asked.inputs), asked.shard_mb)
+
+
+def test_slurm_with_its_jobs_run_here_one_by_one(once, tmp_path, monkeypatch):
+    submitted = []
+
+    def run_here(script: str, retriever, *arguments) -> str:
+        "What sbatch, srun and a node would do with a script."
+        submitted.append(arguments)
+        pickled = re.search(r"launch_pickled_pipeline (\S+)", script)
+        tasks = re.search(r"--array=0-(\d+)", script)
+        for task in range(int(tasks[1]) + 1) if pickled else []:
+            with open(pickled[1], "rb") as file, monkeypatch.context() as node:
+                node.setenv("SLURM_ARRAY_TASK_ID", str(task))
+                node.setenv("SLURM_NODELIST", "node1")
+                dill.load(file).run()
+        return retriever(f"Submitted batch job {len(submitted)}")
+
+    monkeypatch.setattr(slurm, "launch_slurm_job", run_here)
+    monkeypatch.setattr(slurm, "expand_slurm_nodelist", lambda nodes: [nodes])
+    cluster = funnel.Machines("slurm", 2, (("partition", "cpu"), ("time", "1:00:00")))
+    asked = asked_of(tmp_path, dump(), "out", shard_mb=0.05)
+    scripts = funnel.sbatch_scripts(curate.plan_of(asked), cluster)
+    text = scripts[0].read_text()
+    assert "#SBATCH --partition=cpu" in text and "launch_pickled_pipeline" in text
+    assert "--array=0-" in text
+    curate.curate_files(asked, cluster)
+    assert set(kept_rows(asked.out)) == set(kept_rows(once.out))
+    assert any("--dependency=afterok:1" in arguments for arguments in submitted)
+
+
+def test_executors_are_checked_before_work():
+    with pytest.raises(UserError, match="partition, time"):
+        funnel.Machines("slurm")
+    with pytest.raises(UserError, match="not one of local, slurm, ray"):
+        funnel.Machines("dask")
+    with pytest.raises(UserError, match="workers"):
+        funnel.Machines(workers=0)
+    step = funnel.Step("read", 3, [])
+    ray = funnel.executor_of(step, "work", funnel.Machines("ray", 2))
+    assert (ray.world_size, ray.workers) == (3, 2)
+
+
+def test_a_choice_over_the_table_is_that_of_the_rows(once, tmp_path):
+    asked = asked_of(
+        tmp_path,
+        dump(),
+        "out",
+        settings=FunnelSettings([], diverse_share=0.5, balance_share=0.8, english_pct=100),
+    )
+    manifest = curate.curate_files(asked)
+    left = sorted(kept_rows(once.out).values(), key=rows.hash_order)
+    left = tags.tag_rows(left, tags.rule_tags).rows
+    diverse = tags.diverse_each(left, 0.5)
+    wanted = tags.balance(sorted(diverse, key=rows.hash_order), round(0.8 * len(diverse)))
+    assert {row["id"] for row in wanted} == set(kept_rows(asked.out))
+    assert {"diversity", "balance"} <= set(manifest["dropped_by_step"])
