@@ -7,9 +7,8 @@ import time
 import pytest
 from stub_server import Said, Stub, asked_text, in_turn
 
-from tpro_nb.client import Endpoint, Kept, RefusedQuestion, Unanswered, requested_pause
+from tpro_nb.client import Endpoint, Kept, RefusedQuestion, Unanswered, read_reply, requested_pause
 from tpro_nb.core import UserError
-from tpro_nb.sft import read_reply
 
 FAST = dict(per_s=1000, timeout_s=0.3, wait_s=0.01, workers=1)
 GOOD = Said("да")

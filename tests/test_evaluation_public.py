@@ -1,12 +1,17 @@
 "Public benchmarks: files that lie, endpoints that die, folders of two runs; lm-eval if installed."
 
+import json
+import re
+import signal
+import subprocess
 import sys
+import threading
 from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from stub_server import Said, Stub, asked_text
+from stub_server import Said, Stub, asked_text, in_turn
 
 from tpro_nb import public_benchmarks
 from tpro_nb.arena import arena_rates, judge_answers, read_arena_verdict
@@ -22,12 +27,12 @@ from tpro_nb.benchmark_files import (
     paper_figure,
 )
 from tpro_nb.benchmark_scores import paired_against, rescore, submission
+from tpro_nb.client import read_reply
 from tpro_nb.core import UserError, read_json, read_jsonl, toy_model, write_jsonl
 from tpro_nb.evaluation import ScoreInterval
 from tpro_nb.grader import KeyedReply, grade, grade_letter
 from tpro_nb.harness import lm_eval_task, reply_is_right, run_lm_eval
 from tpro_nb.public_benchmarks import public_benchmarks_command
-from tpro_nb.sft import read_reply
 
 SETS, MODELS = benchmark_registry(), model_registry()
 MATH, GPQA, MMLU = SETS["ruMATH-500"], SETS["ruGPQA"], SETS["ruMMLU-Pro"]
@@ -431,7 +436,7 @@ def test_mera_closed_answers_become_its_submission_and_open_ones_a_score(tmp_pat
         assert read_json(run / "BPS.json") == dict(data=dict(test=expected))
         out = str(tmp_path / "open")
         public_benchmarks_command(["MERA", open_split, out, "--endpoint", fake.name])
-    assert "avg@1 0.667" in capsys.readouterr().out
+    assert "avg@1   0.7 [0.0, 1.0]" in capsys.readouterr().out
     problems = load_mera(closed)
     with pytest.raises(UserError, match="closed"):
         rescore(SETS["MERA"], problems, run)
@@ -599,11 +604,176 @@ def test_command_line(tmp_path, capsys):
         more = ["--endpoint", fake.name, "--model", "T-pro-it-2.0", "--workers", "2"]
         assert math_command(tmp_path, "run", *more) == 0
     printed = capsys.readouterr().out
-    assert "avg@1 1.000" in printed
-    assert "paper 0.94" in printed
+    for part in ("6 answered, 0 refused, 0 missing", "avg@1   1.00 [", "maj@1   1.00 [", "0.94"):
+        assert part in printed
+    assert "WARNING" not in printed
     assert read_json(tmp_path / "run" / "score.json")["k"] == 1
     with pytest.raises(UserError, match="not registered"):
         public_benchmarks_command(["ruX", "f", "o"])
+
+
+def command(*args: str, **options) -> subprocess.Popen:
+    "The command in a process of its own."
+    line = [sys.executable, "-m", "tpro_nb.public_benchmarks", *args]
+    return subprocess.Popen(line, text=True, stderr=subprocess.PIPE, **options)
+
+
+def test_a_reader_may_leave(tmp_path):
+    listing = command("--list", stdout=subprocess.PIPE)
+    head = subprocess.Popen(["head", "-1"], stdin=listing.stdout, stdout=subprocess.DEVNULL)
+    listing.stdout.close()
+    head.wait()
+    assert "Traceback" not in listing.communicate()[1]
+
+
+def test_killed_outright_in_the_middle_loses_what_was_in_flight(tmp_path):
+    dead = threading.Event()
+
+    def slow_from_five(body, n):
+        if n == 5:
+            dead.set()
+            return Said("да" * 40, gap_s=0.2)
+        return good(body, n)
+
+    run = tmp_path / "run"
+    args = ["ruMATH-500", file(tmp_path, ROWS), str(run), "--rows", "6", "--concurrency", "1"]
+    with Stub(slow_from_five) as fake:
+        running = command(*args, "--endpoint", fake.name)
+        assert dead.wait(120)
+        running.kill()
+        running.communicate()
+        with open(run / "answers.jsonl", "ab") as log:
+            log.write(b'["torn')
+        fake.say = good
+        assert public_benchmarks_command([*args, "--endpoint", fake.name]) == 0
+        assert len(fake.asked) == 7  # four, the one in flight, and two
+    assert read_json(run / "score.json")["avg_at_k"] == 1
+    assert [row["verdict"] for row in read_jsonl(run / "graded.jsonl")] == ["correct"] * 6
+
+
+def test_interrupted_by_hand_it_ends_at_once(tmp_path):
+    started = threading.Event()
+
+    def silent(body, n):
+        started.set()
+        return Said("да", wait_s=60)
+
+    run = tmp_path / "run"
+    args = ["ruMATH-500", file(tmp_path, ROWS), str(run), "--rows", "6"]
+    with Stub(silent) as fake:
+        running = command(*args, "--endpoint", fake.name)
+        assert started.wait(120)
+        running.send_signal(signal.SIGINT)
+        said = running.communicate(timeout=30)[1]
+    assert running.returncode == 130
+    assert "the same command goes on" in said
+    assert "Traceback" not in said
+
+
+WARNED = {  # what the server says → what is printed
+    "were cut off at --max-tokens 128": Said("<think>долго", "length"),
+    "could not be read": Said("не знаю"),
+    "6 answers are empty": Said(""),
+}
+
+
+@pytest.mark.parametrize("says", WARNED)
+def test_a_score_that_says_little_says_so(tmp_path, capsys, says):
+    with Stub(in_turn(WARNED[says])) as fake:
+        math_command(tmp_path, "run", "--endpoint", fake.name, "--max-tokens", "128")
+    assert says in capsys.readouterr().out
+
+
+def test_refused_and_missing_are_told_apart(tmp_path, capsys):
+    def moody(body, n):
+        does = {"3": Said(status=400, body="длинно"), "5": Said(status=500)}
+        return does.get(right(body)) or good(body, n)
+
+    patience = ["--retries", "0", "--timeout", "5"]
+    with Stub(moody) as fake:
+        args = ["--endpoint", fake.name, *patience]
+        with pytest.raises(UserError, match="5 of 6 samples are there.*missing_is_wrong"):
+            math_command(tmp_path, "run", *args)
+        math_command(tmp_path, "run", *args, "--missing-is-wrong")
+    printed = capsys.readouterr().out
+    for part in ("4 answered, 1 refused, 1 missing", "1 × HTTP 500", "WARNING: the server refused"):
+        assert part in printed
+    assert "avg@1   0.67 [" in printed
+    assert "lower bounds" in printed
+
+
+BAD_ARGUMENTS = {
+    "--k -1: give a number from 0": ["--k", "-1"],
+    "--max-tokens 0": ["--max-tokens", "0"],
+    "--timeout nan": ["--timeout", "nan"],
+    "--timeout 0.0": ["--timeout", "0"],
+    "--retries -1": ["--retries", "-1"],
+    "--concurrency 0": ["--concurrency", "0"],
+    "--temperature inf": ["--temperature", "inf"],
+    "is no NAME=COLUMN": ["--fields", "вопрос"],
+    "'ask' is none of id, question": ["--fields", "ask=вопрос"],
+    "is no endpoint": ["--endpoint", "localhost:1 m"],
+    "has no think mode": ["--switch", "never"],
+    "two models": ["--path", "models/nano"],
+}
+
+
+@pytest.mark.parametrize("says", BAD_ARGUMENTS)
+def test_bad_arguments_are_refused_before_anything_is_asked(tmp_path, says):
+    with Stub(good) as fake:
+        with pytest.raises(UserError, match=re.escape(says)):
+            math_command(tmp_path, "run", "--endpoint", fake.name, *BAD_ARGUMENTS[says])
+        assert not fake.asked
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_columns_with_names_of_their_own(tmp_path):
+    rows = [dict(Задача=f"Сколько будет {i} + 1?", Ответ=str(i + 1)) for i in range(3)]
+    own = file(tmp_path, rows, "own.jsonl")
+    with Stub(good) as fake:
+        for fields in (
+            ["id=", "question=Задача", "answer=Ответ"],
+            ["id=,question=Задача,answer=Ответ"],
+        ):
+            args = [
+                "ruMATH-500",
+                own,
+                str(tmp_path / "run"),
+                "--rows",
+                "0",
+                "--endpoint",
+                fake.name,
+            ]
+            assert public_benchmarks_command([*args, "--fields", *fields]) == 0
+        assert len(fake.asked) == 3
+    with pytest.raises(UserError, match="MERA has a form of its own"):
+        load_benchmark(SETS["MERA"], own, dict(question="Задача"))
+
+
+def test_a_torn_line_is_named(tmp_path):
+    path = tmp_path / "torn.jsonl"
+    whole = [json.dumps(row) for row in ROWS[:3]]
+    path.write_text("\n\n".join(whole) + "\n" + whole[2][:20])
+    for name in ("ruMATH-500", "MERA", "Arena-Hard-Ru"):
+        with pytest.raises(UserError, match="torn.jsonl, line 6, .*not json.*Was the file cut off"):
+            load_benchmark(SETS[name], str(path), rows=0)
+
+
+def test_nothing_answered_is_no_zero_of_zero(tmp_path):
+    with Stub(in_turn(Said(status=500))) as fake:
+        ask_math(tmp_path, "run", fake.name, samples=2)
+    with pytest.raises(UserError, match="0 of 6 questions are answered"):
+        score_math(tmp_path, "run")
+
+
+@pytest.mark.parametrize("paper", ["", ", paper: {}", ", paper: null"])
+def test_a_set_of_ones_own_needs_no_figure_of_the_paper(tmp_path, paper):
+    (tmp_path / "b.yaml").write_text(
+        "benchmarks:\n- {id: x, language: ru, source: s, licence: l, rows: null, answer: number, "
+        f"prompt: plain, metric: m, samples: 1, fields: {{question: q, answer: a}}{paper}}}\n"
+    )
+    entry = benchmark_registry(path=str(tmp_path / "b.yaml"))["x"]
+    assert paper_figure(entry, TPRO) is None
 
 
 def test_command_line_pairs_two_runs_and_protects_a_score(tmp_path, capsys):

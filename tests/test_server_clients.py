@@ -23,10 +23,10 @@ from tpro_nb.chat_service import (
     Message,
     field_table,
 )
+from tpro_nb.client import read_reply
 from tpro_nb.decoder import Read
 from tpro_nb.panes import Pane, PaneSettings, fill_pane, text_of_rows
 from tpro_nb.scheduler import Reply, TextStep
-from tpro_nb.sft import read_reply
 from tpro_nb.trees import Tree
 
 QWEN3 = Path(tpro_nb.__file__).parent / "tables" / "qwen3_chat_template.jinja"

@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .benchmark_files import benchmark_prompts
-from .client import Endpoint, Kept, Unanswered
+from .client import Endpoint, Kept, Unanswered, read_reply
 from .core import UserError, ratio_ci, write_jsonl
 from .evaluation import accuracy, whole_lines
 from .grader import after_think
-from .sft import read_reply
 from .tmath import load_rows
 
 # %% ../nbs/10f_arena.ipynb #b10a0034

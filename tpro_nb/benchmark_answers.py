@@ -13,12 +13,11 @@ from itertools import product
 from pathlib import Path
 
 from .benchmark_files import Benchmark, RegisteredModel
-from .client import Endpoint, Kept, RefusedQuestion, Unanswered, question_key
+from .client import Endpoint, Kept, RefusedQuestion, Unanswered, question_key, read_reply
 from .core import UserError, read_json, write_json, write_jsonl
 from .evaluation import SamplingJob, model_digest
 from .grader import after_think
 from .launch import launch
-from .sft import read_reply
 
 # %% ../nbs/10c_benchmark_answers.ipynb #b10a0017
 def run_sheet(
@@ -101,6 +100,7 @@ class AskSettings:
     seed: int = 0
     batch_size: int = 8  # of a model in a folder
     stop: tuple[str, ...] = ()  # endpoints only: `cut_at_stop`
+    switch: str = "template"  # as in `RegisteredModel`, for a model that is not registered
 
 
 def chat_body(question: str, sample: int, settings: AskSettings, switch: str) -> dict:
@@ -156,7 +156,8 @@ def settled_replies(server: Endpoint, bodies: list[dict], refused: Kept, title: 
     if refusals and len(refusals) == len(replies):
         raise UserError(
             f"{server.url} refuses every question, so it is the request that it does not like: "
-            f"{refusals[0]}"
+            f"{refusals[0]}. Usual causes: a token limit (max_tokens) beyond the server's context, "
+            "or chat_template_kwargs, which switch= always or never leaves out."
         )
     for key, reply in zip(keys, replies):
         if isinstance(reply, RefusedQuestion) and key not in known:
@@ -182,10 +183,11 @@ def ask_endpoint(
 ) -> dict:  # asked, answered, refused, why the others were not answered, distinct_pct
     "Ask k times, keep every raw answer, write samples.jsonl; asks only for what is missing."
     mode = settings.mode
-    if model and (model.switch, mode) in (("always", "direct"), ("never", "think")):
-        raise UserError(f"{model.id} has no {mode} mode")
-    switch = model.switch if model else "template"
+    switch = model.switch if model else settings.switch
     opens = model.opens if model else False
+    if (switch, mode) in (("always", "direct"), ("never", "think")):
+        who = model.id if model else f"a model whose switch is {switch}"
+        raise UserError(f"{who} has no {mode} mode")
     server = Endpoint(endpoint, Kept(Path(out) / "answers.jsonl"), **network)
     stop = dict(stop=list(settings.stop)) if settings.stop else {}
     sheet = run_sheet(

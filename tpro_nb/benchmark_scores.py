@@ -22,7 +22,7 @@ from tpro_nb.evaluation import (
     score_table,
     whole_lines,
 )
-from .grader import last_words
+from .grader import after_think, last_words
 
 # %% ../nbs/10d_benchmark_scores.ipynb #10d0c001
 SAMPLE_FIELDS = {"key", "model", "mode", "problem_id", "sample", "response", "finished"}
@@ -103,11 +103,11 @@ def nothing_to_grade(row: dict) -> str | None:
 
 
 def verdict_counts(rows: list[dict]) -> dict[str, int]:
-    "Samples by verdict, and how many of the answers are empty."
+    "Samples by verdict, and how many of the unparsed say nothing behind their thoughts."
     times = Counter(row["verdict"] for row in rows)
-    counts = {verdict: times[verdict] for verdict in RUN_VERDICTS}
-    answers = [row for row in rows if not nothing_to_grade(row)]
-    return counts | dict(empty=sum(not row["response"].strip() for row in answers))
+    unparsed = [row["response"] for row in rows if row["verdict"] == "unparsed"]
+    empty = [said for said in unparsed if not (after_think(said) or "").strip()]
+    return {verdict: times[verdict] for verdict in RUN_VERDICTS} | dict(empty=len(empty))
 
 # %% ../nbs/10d_benchmark_scores.ipynb #6b7d7a9d
 def rescore(

@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['UNUSABLE_QUESTION', 'NOBODY_IS_SERVED', 'NOT_THERE', 'NONSENSE', 'MISSES_IN_SUCCESSION', 'LONGEST_ANSWER',
-           'LONGEST_PAUSE', 'LONGEST_REQUESTED_PAUSE', 'MESSAGE_TEXTS', 'STREAMED', 'Unanswered', 'RefusedQuestion',
-           'question_key', 'Kept', 'requested_pause', 'BadStatus', 'error_words', 'ChatInPieces', 'event_data',
-           'GivenUp', 'Endpoint']
+           'LONGEST_PAUSE', 'LONGEST_REQUESTED_PAUSE', 'MESSAGE_TEXTS', 'STREAMED', 'ENDINGS', 'Unanswered',
+           'RefusedQuestion', 'question_key', 'Kept', 'requested_pause', 'BadStatus', 'error_words', 'ChatInPieces',
+           'event_data', 'read_reply', 'GivenUp', 'Endpoint']
 
 # %% ../nbs/00d_client.ipynb #66db3ee2
 import hashlib
@@ -208,6 +208,37 @@ def event_data(parts: Iterable[bytes]) -> Iterator[str]:
             if line.startswith(b"data:"):
                 yield line.removeprefix(b"data:").decode().strip()
         yield ""
+
+# %% ../nbs/00d_client.ipynb #9295544e
+ENDINGS = ("stop", "length", "eos", "eos_token", "stop_sequence", "tool_calls", "function_call")
+
+
+def read_reply(
+    raw: dict,  # an OpenAI-compatible chat completion
+    opens: bool = False,  # the prompt already held <think>, so the text may lack it
+) -> dict:
+    """response, finished, tokens of a chat completion.
+
+    ValueError, KeyError or TypeError where it is none."""
+    choice = raw["choices"][0]
+    message = choice["message"]
+    why = choice["finish_reason"]
+    tokens = (raw.get("usage") or {}).get("completion_tokens")
+    if why in ("content_filter", "blacklist"):
+        return dict(response="", finished=True, tokens=tokens)
+    if why not in ENDINGS:
+        raise ValueError(f"finish_reason {why!r}")
+    text = message.get("content") or ""
+    thought = message.get("reasoning_content") or message.get("reasoning") or ""
+    if not isinstance(text, str) or not isinstance(thought, str):
+        raise TypeError("content is no text")
+    if thought and not text and why == "length":
+        text = f"<think>{thought}"  # cut off while it thought
+    elif thought:
+        text = f"<think>{thought}</think>{text}"
+    elif opens and text and "<think>" not in text:
+        text = "<think>" + text
+    return dict(response=text, finished=why != "length", tokens=tokens)
 
 # %% ../nbs/00d_client.ipynb #f17aec39
 class GivenUp(Exception):

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['TRAINING_TEMPLATE', 'NO_LABEL', 'training_text', 'train_row', 'turns', 'show_mask', 'sft_dataset', 'SFTSettings',
            'sft_args', 'train_sft', 'draw_seed', 'Draw', 'Answer', 'left_padded', 'read_answer', 'generate_answers',
-           'read_reply', 'served_answers', 'leaks', 'answer_in_modes', 'few_shot']
+           'served_answers', 'leaks', 'answer_in_modes', 'few_shot']
 
 # %% ../nbs/07_sft.ipynb #1c7f0ed5
 import hashlib
@@ -20,7 +20,7 @@ from more_itertools import chunked
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor
 
-from .client import Endpoint, Unanswered
+from .client import Endpoint, Unanswered, read_reply
 from .core import UserError, draw_tokens, read_jsonl, seed_everything
 from .grader import has_trace
 from .midtraining import check_think, prompt_ids, save_trained, turn_ids
@@ -339,34 +339,6 @@ def generate_answers(
                 found[seat] = read_answer(tok, written, (end, pad))
             bar.update(len(batch))
     return [[found[prompt, sample] for sample in range(n)] for prompt in range(len(prompts))]
-
-# %% ../nbs/07_sft.ipynb #9295544e
-def read_reply(
-    raw: dict,  # an OpenAI-compatible chat completion
-    opens: bool = False,  # the prompt already held <think>, so the text may lack it
-) -> dict:
-    """response, finished, tokens of a chat completion.
-
-    ValueError, KeyError or TypeError where it is none."""
-    choice = raw["choices"][0]
-    message = choice["message"]
-    why = choice["finish_reason"]
-    tokens = (raw.get("usage") or {}).get("completion_tokens")
-    if why in ("content_filter", "blacklist"):
-        return dict(response="", finished=True, tokens=tokens)
-    if why not in ("stop", "length", "eos"):
-        raise ValueError(f"finish_reason {why!r}")
-    text = message.get("content") or ""
-    thought = message.get("reasoning_content") or message.get("reasoning") or ""
-    if not isinstance(text, str) or not isinstance(thought, str):
-        raise TypeError("content is no text")
-    if thought and not text and why == "length":
-        text = f"<think>{thought}"  # cut off while it thought
-    elif thought:
-        text = f"<think>{thought}</think>{text}"
-    elif opens and text and "<think>" not in text:
-        text = "<think>" + text
-    return dict(response=text, finished=why != "length", tokens=tokens)
 
 # %% ../nbs/07_sft.ipynb #9295548d
 def served_answers(
