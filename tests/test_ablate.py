@@ -2,6 +2,7 @@
 effects that are found only where they are."""
 
 import dataclasses
+import gc
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,6 +42,14 @@ from tpro_nb.core import (
 ALL_ON = AblationCell()
 RANDOM_REWARD = AblationCell(reward=-1)
 SEEDS = range(3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect():
+    "statsmodels collects garbage at every call: half a second each, beside all of torch."
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def silent(line):

@@ -2584,6 +2584,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'tpro_nb.stages.Status': ('stages.html#status', 'tpro_nb/stages.py'),
                                 'tpro_nb.stages.Status.__repr__': ('stages.html#status.__repr__', 'tpro_nb/stages.py'),
                                 'tpro_nb.stages._input_name': ('stages.html#_input_name', 'tpro_nb/stages.py'),
+                                'tpro_nb.stages._inputs_named': ('stages.html#_inputs_named', 'tpro_nb/stages.py'),
                                 'tpro_nb.stages._is_output': ('stages.html#_is_output', 'tpro_nb/stages.py'),
                                 'tpro_nb.stages._load_file': ('stages.html#_load_file', 'tpro_nb/stages.py'),
                                 'tpro_nb.stages._modules_named': ('stages.html#_modules_named', 'tpro_nb/stages.py'),

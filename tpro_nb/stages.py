@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,14 +86,19 @@ def _input_name(node: ast.AST) -> str | None:
     return first.value if isinstance(first.value, str) else None
 
 
+@cache
+def _inputs_named(source: str) -> frozenset[str]:
+    "Artefacts that one cell reads."
+    tree = parsed(source)
+    names = (_input_name(node) for node in (ast.walk(tree) if tree else ()))
+    return frozenset(name for name in names if name)
+
+
 def inputs_of(nb: Path) -> list[str]:
     "Artefacts a notebook reads: the literal first arguments of `run.input(...)`, sorted."
-    names = set()
+    names: set[str] = set()
     for cell in code_cells(nb):
-        tree = parsed(cell.source)
-        for node in ast.walk(tree) if tree else ():
-            if name := _input_name(node):
-                names.add(name)
+        names |= _inputs_named(cell.source)
     return sorted(names)
 
 
@@ -229,6 +235,7 @@ def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
     return body
 
 
+@cache  # a profile asks for the same sources stage by stage
 def code_digest(source: str) -> str:
     "Hash of what Python would run: no comments, no docstrings, no layout."
     tree = parsed(source)
@@ -241,6 +248,7 @@ def code_digest(source: str) -> str:
     return digest(ast.dump(tree))
 
 # %% ../nbs/90a_stages.ipynb #23d35ff7
+@cache
 def without_comments(source: str) -> str:
     "The code alone: a module named in a comment is not used."
     try:
