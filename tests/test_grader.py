@@ -194,7 +194,7 @@ def test_the_comparison_counts_what_it_says():
         dict(response="\\boxed{3}", answer="3", verdict="correct", language="ru"),
         dict(response="\\boxed{3}⏎Поправка: 4.", answer="3", verdict="unparsed", language="ru"),
     ]
-    (ours, theirs), disagreements = grader.compare_graders(cases)
+    (ours, theirs, *_), disagreements = grader.compare_graders(cases)
     assert (ours["precision_pct"], ours["recall_pct"], ours["false_positives"]) == (100, 100, 0)
     assert theirs["recall_pct"] == 100
     assert {row["right"] for row in disagreements} <= {"tpro_nb"}

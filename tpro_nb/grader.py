@@ -3,41 +3,45 @@
 # %% auto #0
 __all__ = ['Member', 'Form', 'BOX', 'MOST_CLAIMS', 'LATIN_UNITS', 'DRESSING', 'LOOK_ALIKES', 'DOLLAR', 'GROUPED', 'INTEGER',
            'DECIMAL', 'MIXED', 'FRAC', 'FRAC_AND_MORE', 'MOST_DIGITS', 'UNIT_TABLE', 'CURRENCIES', 'UNITS', 'MULTIPLES',
-           'NOT_A_NOUN', 'NOT_AN_ENGLISH_NOUN', 'NUMBER_AND_UNIT', 'WORDS_OF_A_UNIT', 'RUSSIAN_NAMES', 'BARE_FUNCTION',
-           'IN_DEGREES', 'FUNCTION_OF_WHAT', 'OTHER_BASE_OR_FRAC', 'RANGE', 'STRANGE', 'LARGE', 'COMMANDS',
-           'LONGEST_EXPRESSION', 'DEEPEST_EXPRESSION', 'LETTER_NOT_WORD', 'UNKNOWN_BEFORE', 'NO_SOLUTION',
-           'FROM_THE_RIGHT', 'BETWEEN', 'ALL_BUT', 'ONE_SIDED', 'MIRRORED', 'YES_OR_NO', 'BUT', 'WINNER', 'MATRIX',
-           'ARRAY', 'TERM', 'FRAC_OF_LETTER', 'READERS', 'LONGEST_WRITTEN', 'LONGEST_CLEANED', 'UNFINISHED', 'NUMERALS',
-           'TEENS', 'TENS', 'ENGLISH_NUMERALS', 'INTRODUCED', 'BOUNDS', 'ABOUT_LETTERS', 'REMARK', 'HARMLESS_REMARK',
-           'LABEL', 'NOT_MINE', 'SENTENCE_END', 'TERM_BEFORE', 'HEDGES', 'HEDGED_BEFORE', 'CONTINUATIONS', 'GOES_ON',
-           'TERM_AFTER', 'UNIT_AFTER', 'DENIAL', 'OTHER_AMOUNT', 'ABOUT_ANSWER', 'OTHERS_DENIED', 'WHERE_ATTAINED',
-           'COURTESY', 'HENCE', 'CONFIRMED', 'CHECKED', 'RESTATED', 'EXPLAINED', 'ANY_NUMBER', 'LONGEST_ENDING',
-           'LONGEST_SENTENCE', 'EQUATION', 'POWER', 'IT_HOLDS', 'RETRACTION', 'BOTH', 'ANSWER_CONDITION',
-           'AGREEING_DIGITS', 'common_worker', 'CompareExpressions', 'VERDICT_OF', 'NOTATIONS', 'CHOICE_LETTERS',
-           'LATIN_LOOKS', 'OPTION_WORD', 'FIRST_LETTER', 'LONE_LETTER', 'ANSWER_KINDS', 'after_think', 'has_trace',
-           'Infinity', 'Expression', 'Span', 'Quantity', 'Measured', 'SpanUnion', 'MemberSet', 'NamedValues', 'Family',
-           'NoSolution', 'Words', 'Matrix', 'BaseNumber', 'Ratio', 'LinearEquation', 'Box', 'brace_step',
-           'closing_brace', 'boxes', 'unboxed', 'clean', 'inside_brackets', 'plain_commas', 'with_slash',
-           'decimal_value', 'number', 'Measure', 'unit_measure', 'quantity', 'cut_unit', 'latin_letters', 'translated',
-           'in_radians', 'bracket_depths', 'harmless', 'expression', 'split_outside', 'items', 'bracketed',
-           'set_member', 'Unreadable', 'Cleaned', 'spellings_of', 'read_no_solution', 'read_family', 'read_quantity',
-           'inequality', 'on_the_line', 'by_beginning', 'touch', 'union', 'read_inequality', 'letter_before',
-           'shared_unit', 'member_set', 'in_braces', 'read_set', 'intervals', 'read_union', 'read_whole_line',
-           'read_span', 'read_two_roots', 'read_plus_minus', 'read_list', 'read_yes_or_no', 'read_words',
-           'read_expression', 'read_measured', 'read_base_number', 'read_ratio', 'read_from_to', 'matrix_entry',
-           'read_matrix', 'linear_terms', 'linear_equation', 'numeral', 'without_remark', 'without_words', 'parse',
-           'AnswerClaim', 'without_markdown', 'line_at', 'labelled_claims', 'claims_in', 'any_of', 'stands_alone',
-           'with_unit', 'whole_words', 'numbers_in', 'as_arithmetic', 'checks_out', 'holds', 'denies',
-           'harmless_sentence', 'contradicted', 'same_claim', 'under_condition', 'value_before_box', 'said_in_box',
-           'behind', 'bare_answer', 'final_answer', 'exact_decimals', 'misread', 'group_at', 'restrictions',
-           'has_letters', 'restricted_factors', 'compare_expressions', 'serve_comparisons', 'Worker', 'as_latex',
-           'compare_members', 'compare_spans', 'match_members', 'compare_quantities', 'english_thousands',
-           'forgotten_family', 'compare_values', 'compare_measured', 'compare_sets', 'by_numbers', 'tight',
-           'one_letter', 'compare_ratios', 'compare_matrices', 'compare_words', 'with_colon', 'compare',
-           'compare_kinds', 'grade', 'KeyedReply', 'chosen_letter', 'grade_letter', 'last_words', 'grade_text',
-           'AnswerKind', 'grade_value', 'said_value', 'same_value', 'said_letter', 'said_words', 'same_text',
-           'grade_many', 'grader_cases', 'read_cases', 'grade_cases', 'GraderScore', 'accepted_by_math_verify',
-           'score_grader', 'compare_graders', 'compare_command']
+           'NOT_A_NOUN', 'NOT_AN_ENGLISH_NOUN', 'NUMBER_AND_UNIT', 'POWER_WORDS', 'DERIVED_UNIT', 'LITRES',
+           'WORDS_OF_A_UNIT', 'RUSSIAN_NAMES', 'BARE_FUNCTION', 'IN_DEGREES', 'FUNCTION_OF_WHAT', 'OTHER_BASE_OR_FRAC',
+           'RANGE', 'STRANGE', 'LARGE', 'COMMANDS', 'LONGEST_EXPRESSION', 'DEEPEST_EXPRESSION', 'LETTER_NOT_WORD',
+           'UNKNOWN_BEFORE', 'FUNCTION_NAME', 'SUM_BEFORE', 'NO_SOLUTION', 'FROM_THE_RIGHT', 'BETWEEN', 'ALL_BUT',
+           'ONE_SIDED', 'MIRRORED', 'WHOLE_LINE', 'YES_OR_NO', 'BUT', 'WINNER', 'MATRIX', 'ARRAY', 'TERM',
+           'FRAC_OF_LETTER', 'READERS', 'LONGEST_WRITTEN', 'LONGEST_CLEANED', 'UNFINISHED', 'NUMERALS', 'TEENS', 'TENS',
+           'ENGLISH_NUMERALS', 'INTRODUCED', 'BOUNDS', 'ABOUT_LETTERS', 'BECAUSE', 'REMARK', 'HARMLESS_REMARK',
+           'SYSTEM', 'LABEL', 'LEADING_IN', 'NOT_MINE', 'SENTENCE_END', 'TERM_BEFORE', 'HEDGES', 'HEDGED_BEFORE',
+           'CONTINUATIONS', 'GOES_ON', 'TERM_AFTER', 'UNIT_AFTER', 'CLAUSE_END', 'DENIED_BEFORE', 'DENIAL',
+           'OTHER_AMOUNT', 'ABOUT_ANSWER', 'OTHERS_DENIED', 'WHERE_ATTAINED', 'MODULUS', 'COURTESY', 'HENCE',
+           'CONFIRMED', 'CHECKED', 'RESTATED', 'EXPLAINED', 'ANY_NUMBER', 'LONGEST_ENDING', 'LONGEST_SENTENCE',
+           'EQUATION', 'POWER', 'IT_HOLDS', 'RETRACTION', 'BOTH', 'ANSWER_CONDITION', 'AGREEING_DIGITS',
+           'common_worker', 'CompareExpressions', 'VERDICT_OF', 'NAMED', 'MOST_SIDES', 'NOTATIONS', 'CHOICE_LETTERS',
+           'LATIN_LOOKS', 'OPTION_WORD', 'FIRST_LETTER', 'LONE_LETTER', 'ANSWER_KINDS', 'Accepts', 'OTHER_GRADERS',
+           'after_think', 'has_trace', 'Infinity', 'Expression', 'Span', 'Quantity', 'Measured', 'SpanUnion',
+           'MemberSet', 'NamedValues', 'Family', 'NoSolution', 'Words', 'Matrix', 'BaseNumber', 'Ratio',
+           'LinearEquation', 'Box', 'brace_step', 'closing_brace', 'boxes', 'unboxed', 'clean', 'inside_brackets',
+           'plain_commas', 'with_slash', 'decimal_value', 'number', 'Measure', 'derived_measure', 'unit_measure',
+           'quantity', 'cut_unit', 'latin_letters', 'translated', 'in_radians', 'bracket_depths', 'harmless',
+           'expression', 'split_outside', 'items', 'bracketed', 'set_member', 'Unreadable', 'Cleaned', 'spellings_of',
+           'read_no_solution', 'read_family', 'read_quantity', 'inequality', 'on_the_line', 'by_beginning', 'touch',
+           'union', 'read_inequality', 'letter_before', 'shared_unit', 'both_signs', 'member_set', 'in_braces',
+           'read_set', 'intervals', 'read_union', 'read_whole_line', 'read_span', 'read_two_roots', 'read_plus_minus',
+           'read_list', 'read_yes_or_no', 'read_words', 'read_expression', 'read_measured', 'read_base_number',
+           'read_ratio', 'read_from_to', 'matrix_entry', 'read_matrix', 'linear_terms', 'linear_equation', 'numeral',
+           'without_remark', 'without_words', 'in_one_line', 'parse', 'AnswerClaim', 'without_markdown', 'line_at',
+           'leading_in', 'labelled_claims', 'claims_in', 'any_of', 'clause_before', 'stands_alone', 'with_unit',
+           'whole_words', 'numbers_in', 'as_arithmetic', 'checks_out', 'holds', 'denies', 'harmless_sentence',
+           'contradicted', 'same_claim', 'under_condition', 'value_before_box', 'said_in_box', 'behind', 'bare_answer',
+           'final_answer', 'exact_decimals', 'misread', 'group_at', 'restrictions', 'has_letters', 'restricted_factors',
+           'compare_expressions', 'serve_comparisons', 'Worker', 'as_latex', 'compare_members', 'compare_spans',
+           'match_members', 'compare_quantities', 'english_thousands', 'forgotten_family', 'compare_values',
+           'compare_measured', 'compare_sets', 'by_numbers', 'tight', 'without_spaces', 'one_letter', 'compare_ratios',
+           'compare_matrices', 'compare_words', 'with_colon', 'chain_of_equals', 'compare', 'compare_kinds', 'grade',
+           'KeyedReply', 'chosen_letter', 'grade_letter', 'last_words', 'grade_text', 'AnswerKind', 'grade_value',
+           'said_value', 'same_value', 'said_letter', 'said_words', 'same_text', 'grade_many', 'grader_cases',
+           'read_cases', 'grade_cases', 'GraderScore', 'accepted_by_math_verify', 'accepted_by_hendrycks',
+           'accepted_by_minerva', 'installed_graders', 'score_grader', 'who_is_right', 'compare_graders',
+           'compare_command']
 
 # %% ../nbs/04a_grader.ipynb #a4b83186
 import csv
@@ -55,7 +59,7 @@ import unicodedata
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from fractions import Fraction
 from itertools import islice
@@ -221,6 +225,7 @@ class Ratio:
     "Whole numbers with colons between them: the ratio 2 : 3, the time 14:30."
 
     parts: tuple[int, ...]
+    half_days: bool = field(default=False, compare=False)  # said with a.m. or p.m.
 
 
 @dataclass(frozen=True)
@@ -310,14 +315,17 @@ DRESSING: list[
         r"\\(?:text|mathrm|textbf|mathbf|textit|textrm|mbox|hbox|operatorname)\s*\{([^{}]*)\}",
         r" \1 ",
     ),
+    (r"\\frac\s*\{ *([а-яё]+) *\}\s*\{ *([а-яё]+) *\}", r" \1/\2"),
     (r"\\[,;:! ]|~|\\q?quad", " "),
+    (r"\\langle(?![a-z])", "⟨"),
+    (r"\\rangle(?![a-z])", "⟩"),
     (r"\\infty|\\infin(?![a-z])|бесконечност[ьи]", "∞"),
     (r"\\cup", "∪"),
     (r"\\emptyset|\\varnothing", "∅"),
     (r"\\pm", "±"),
     (r"\\(?:leq?|leqslant)(?![a-z])", "≤"),
     (r"\\(?:geq?|geqslant)(?![a-z])", "≥"),
-    (r"\\(?:neq?)(?![a-z])|\\not *=|!=", "≠"),
+    (r"\\(?:neq?)(?![a-z])|\\not *=|(?<![\d)])!=", "≠"),
     (r"\\%", "%"),
     (r"\\in(?![a-z])", "∈"),
     (r"\\mathbb\s*\{?Z\}?", "Z"),
@@ -474,35 +482,35 @@ UNIT_TABLE = [  # kind, factor to its base unit, spellings
     ("mass", "1000", "т тонн тонна тонны"),
     ("time", "1", "с сек секунд секунды секунда"),
     ("time", "60", "мин минут минуты минута"),
-    ("time", "3600", "ч час часа часов"),
+    ("time", "3600", "ч час часа часов h"),
     ("money", "1/100", "коп копеек копейки"),
     ("money", "1", "р руб рублей рубля рубль ₽"),
     ("angle", "1", "° градус градуса градусов"),
-    ("area", "1/1000000", "мм^2 кв.мм"),
-    ("area", "1/10000", "см^2 кв.см"),
-    ("area", "1/100", "дм^2 кв.дм"),
-    ("area", "1", "м^2 кв.м"),
     ("area", "10000", "га"),
-    ("area", "1000000", "км^2 кв.км"),
-    ("volume", "1", "л литр литра литров дм^3"),
-    ("volume", "1/1000", "мл см^3"),
-    ("volume", "1/1000000", "мм^3"),
-    ("volume", "1000", "м^3"),
-    ("speed", "1000/3600", "км/ч"),
-    ("speed", "1", "м/с"),
+    ("volume", "1", "л литр литра литров"),
+    ("volume", "1/1000", "мл ml"),
     ("length", "1/1000", "mm"),
     ("length", "1/100", "cm"),
+    ("length", "1", "meters meter metres metre"),
     ("length", "1000", "km"),
     ("mass", "1", "kg"),
     ("time", "1", "seconds second sec"),
     ("time", "60", "minutes minute min"),
     ("time", "3600", "hours hour"),
     ("angle", "1", "degrees degree"),
-    ("area", "1/10000", "cm^2"),
-    ("area", "1", "m^2"),
-    ("speed", "1000/3600", "км/час km/h"),
+    ("length", "254/10000", "in inches inch"),
+    ("length", "3048/10000", "ft feet foot"),
+    ("length", "9144/10000", "yd yards yard"),
+    ("length", "1609344/1000", "mi miles mile"),
+    ("mass", "45359237/100000000", "lb lbs pounds pound"),
+    ("mass", "28349523125/1000000000000", "oz ounces ounce"),
     ("dollars", "1", "dollars dollar"),
     ("dollars", "1/100", "cents cent"),
+    ("time", "86400", "день дня дней сутки суток day days"),
+    ("time", "604800", "неделя недели недель week weeks"),
+    ("noun мес", "1", "месяц месяца месяцев month months"),
+    ("noun лет", "1", "год года лет year years"),
+    ("noun чел", "1", "человек человека people"),
     ("noun шту", "1", "шт штук штуки штука"),
     ("noun units", "1", "ед единиц единицы единица units unit"),
     ("noun units^2", "1", "кв.ед ед^2 кв.единиц units^2"),
@@ -545,14 +553,38 @@ NOT_AN_ENGLISH_NOUN = re.compile(
 NUMBER_AND_UNIT = re.compile(r"(.*?\d\)?\}?)\s*([^\d\s(){}\\+*=<>-][^\d(){}\\+*=]*\^?[23]?)")
 
 
+POWER_WORDS = {"кв": 2, "sq": 2, "square": 2, "куб": 3, "cubic": 3}
+DERIVED_UNIT = re.compile(r"(?:(кв|куб|sq|square|cubic)\.? ?)?([a-zа-яё]+)(?:\^([23]))?")
+LITRES = 1000  # in a cubic metre
+
+
+def derived_measure(unit: str) -> Measure | None:
+    "What «кв. см», «см^3» or «км/ч» measures; None for what is not made of known units."
+    if unit in ("mph", "mi/h"):
+        return Measure("speed", UNITS["mile"].factor / 3600)
+    way, _, time_unit = unit.partition("/")
+    lengths, times = UNITS.get(way), UNITS.get(time_unit)
+    if lengths and times and (lengths.kind, times.kind) == ("length", "time"):
+        return Measure("speed", lengths.factor / times.factor)
+    written = DERIVED_UNIT.fullmatch(unit)
+    base = UNITS.get(written[2]) if written else None
+    if written is None or base is None or base.kind != "length":
+        return None
+    power = POWER_WORDS.get(written[1]) or int(written[3] or 1)
+    if power == 3:
+        return Measure("volume", base.factor**3 * LITRES)
+    return Measure("area", base.factor**2) if power == 2 else base
+
+
 def unit_measure(unit: str) -> Measure | None:
     "What a unit measures: «см», «%», «яблока»; None for what is no unit."
     unit = unit.strip().rstrip(".")
-    unit = re.sub(r"^(кв|куб)\. ?", r"\1.", unit)
     if unit == "%" or re.fullmatch(r"процент(?:а|ов)?|per ?cent", unit):
         return Measure("%", Fraction(1, 100))
-    if unit in UNITS:
-        return UNITS[unit]
+    unit = re.sub(r"^(кв|куб)\. ?(?=ед)", r"\1.", unit)
+    known = UNITS.get(unit) or derived_measure(unit)
+    if known:
+        return known
     if re.fullmatch(r"[а-яё]{3,}", unit) and not NOT_A_NOUN.fullmatch(unit):
         return Measure("noun " + unit[:3], Fraction(1))
     english = re.fullmatch(r"(?:sq\.? |square |cubic )?[a-z]{3,}(?:\^[23])?", unit)
@@ -638,7 +670,7 @@ OTHER_BASE_OR_FRAC = r"\d_|\\frac\s*(?:\{[^{}]*\}|\d)\s*\d\d"
 # 5-10 is a range as often as a difference
 RANGE = r"[\d. ]+-[\d. ]+"
 STRANGE = r"[^\w\s\\{}()+*/^.!-]|[а-яё]|\d\.\d*\(|\d\.\d+\.|\de\d|/\d+ ?(?:\\pi|[a-z])"
-LARGE = r"\^\s*\{?[+-]?\d{3,}|\^[^+*-]*\^|\d{4,}!|!!|\d \d"
+LARGE = r"\^\s*\{?[+-]?\d{3,}|\^[^+*-]*[^a-df-zA-Z\s+*-]\s*\^|\d{4,}!|!!|\d \d"
 COMMANDS = set(
     "frac sqrt pi sin cos tan cot arctan arcsin arccos arccot log ln binom".split()
 )  # of LaTeX, that an expression may contain
@@ -713,7 +745,7 @@ def items(inside: str) -> list[str]:
 # %% ../nbs/04a_grader.ipynb #1dc0bcbd
 def bracketed(text: str) -> Span | None:
     "A pair or tuple in brackets, possible or not: (1; 2], (-∞; 3), (1; 2; 3); None if it is none."
-    if len(text) <= 2 or text[0] not in "([" or text[-1] not in ")]":
+    if len(text) <= 2 or text[0] not in "([⟨" or text[-1] not in ")]⟩":
         return None
     if min(bracket_depths(text[1:-1])) < 0:
         return None
@@ -721,7 +753,9 @@ def bracketed(text: str) -> Span | None:
     known = tuple(end for end in ends if end is not None)
     if len(ends) < 2 or len(known) < len(ends):
         return None
-    if len(ends) > 2 and text[0] + text[-1] != "()":
+    if "⟨" in text and text[0] + text[-1] != "⟨⟩":
+        return None
+    if len(ends) > 2 and text[0] + text[-1] not in ("()", "⟨⟩"):
         return None
     return Span(text[0], text[-1], known)
 
@@ -760,6 +794,11 @@ UNKNOWN_BEFORE = re.compile(
     r"|[a-zA-Z]_(?:\{[a-zA-Z\d]{1,6}\}|[a-zA-Z]{1,6})|[a-zA-Z]\([\w+-]{1,8}\)"
     r"|\([a-z] ?[;,] ?[a-z](?: ?[;,] ?[a-z])?\))\s*[=∈]\s*(?=\S)"
 )
+FUNCTION_NAME = r"\\?(?:arc|sin|cos|c?tg|tan|cot|ln|lg|log|exp|lim|max|min|sqrt|mod)"
+SUM_BEFORE = re.compile(  # m + n = 116, xyz = 80, AB + CD = 7
+    rf"^(?!{FUNCTION_NAME})(?:[a-z](?: ?[+*]? ?[a-z]){{1,4}}|[A-Z]{{2}}(?: ?\+ ?[A-Z]{{2}}){{1,3}})"
+    r"\s*=\s*(?=[\d\\√π-][^=]*$)"
+)
 
 
 def spellings_of(text: str) -> Cleaned:
@@ -768,13 +807,14 @@ def spellings_of(text: str) -> Cleaned:
     whole = text
     if not re.search(r"[а-яё]{3}| и | или ", lower):
         whole = LETTER_NOT_WORD.sub(lambda letter: letter[0].translate(LOOK_ALIKES), text)
-    return Cleaned(whole, UNKNOWN_BEFORE.sub("", whole), lower)
+    bare = UNKNOWN_BEFORE.sub("", whole)
+    return Cleaned(whole, SUM_BEFORE.sub("", bare), lower)
 
 # %% ../nbs/04a_grader.ipynb #8087279d
 NO_SOLUTION = re.compile(
     r"(?i)(?:уравнение |система |неравенство )?(?:не имеет )?"
     r"(?:нет |действительных |вещественных )*(?:решени[йя]|корней)(?: нет| не существует)?"
-    r"|∅|\\?\{ *\\?\}|пустое множество|не существует"
+    r"|(?:there (?:is|are) )?no (?:real )?solutions?|∅|\\?\{ *\\?\}|пустое множество|не существует"
 )
 
 
@@ -805,6 +845,9 @@ def read_quantity(answer: Cleaned) -> Form | None:
     value = number(answer.bare)
     if value is not None:
         return Quantity(value)
+    said = numeral(answer.lower)
+    if said is not None:
+        return Quantity(Fraction(said))
     return quantity(answer.bare) if re.search(r"\d", answer.bare) else None
 
 # %% ../nbs/04a_grader.ipynb #0fec5997
@@ -908,9 +951,22 @@ def shared_unit(parts: list[str]) -> tuple[list[str], Measure]:
     return parts, Measure("", Fraction(1))
 
 
+def both_signs(parts: list[str]) -> list[str]:
+    "The parts of «0; ±2» with two in the place of ±2."
+    members = []
+    for part in parts:
+        signed = re.fullmatch(r"([a-zA-Z](?:_?\{?\d\}?)? ?= ?)?± ?(.+)", part)
+        if signed is None:
+            members.append(part)
+            continue
+        name, value = signed[1] or "", signed[2]
+        members += [name + value, name + ("-" + value if value[0] not in "+-" else value)]
+    return members
+
+
 def member_set(parts: list[str]) -> MemberSet | NamedValues | None:
     "A set of what the parts say; different letters before them are kept. None in any doubt."
-    parts, unit = shared_unit(parts)
+    parts, unit = shared_unit(both_signs(parts))
     letters = [letter_before(part) for part in parts]
     values = [set_member(part) for part in parts]
     known = [value for value in values if value is not None]
@@ -966,10 +1022,16 @@ def read_union(answer: Cleaned) -> Form | None:
     return union(spans)
 
 # %% ../nbs/04a_grader.ipynb #f49d3a95
+WHOLE_LINE = re.compile(
+    r"(?:all|any|every) real numbers?|all reals"
+    r"|(?:[a-zх] ?[—–-] ?)?(?:все|любое|любые|всякое) (?:(?:действительн|вещественн)\w+ )?числ[оа]"
+)
+
+
 def read_whole_line(answer: Cleaned) -> Form | None:
-    "«R», «x ∈ R»."
+    "«R», «x ∈ R», «любое число»."
     line = Span("(", ")", (Infinity.MINUS, Infinity.PLUS))
-    return line if answer.bare == "R" else None
+    return line if answer.bare == "R" or WHOLE_LINE.fullmatch(answer.lower) else None
 
 
 def read_span(answer: Cleaned) -> Form | None:
@@ -1093,7 +1155,13 @@ def read_ratio(answer: Cleaned) -> Form | None:
     clock = re.fullmatch(
         r"(?:в )?(\d{1,2}) ?(?:ч|час(?:а|ов)?)\.? (\d{1,2}) ?мин(?:ут[аы]?)?\.?", answer.lower
     )
-    return Ratio((int(clock[1]), int(clock[2]))) if clock else None
+    if clock:
+        return Ratio((int(clock[1]), int(clock[2])))
+    twelve = re.fullmatch(r"(?:at )?(\d{1,2}):(\d\d) ?([ap])\.? ?m\.?", answer.lower)
+    if not twelve or int(twelve[1]) > 12:
+        return None
+    hour = int(twelve[1]) % 12 + 12 * (twelve[3] == "p")
+    return Ratio((hour, int(twelve[2])), half_days=True)
 
 
 def read_from_to(answer: Cleaned) -> Form | None:
@@ -1242,6 +1310,7 @@ def numeral(text: str) -> int | None:
 INTRODUCED = re.compile(
     r"(?i)(?:(?:через|за|в|во|по|у|№|как|ровно|всего|при [a-z] ?=|number)\s*(?=\d)"
     r"|(?:увелич|уменьш|сниз|выр|возр|подорож|подешев|сокра|повы|пони)[а-яё]+ на\s+(?=\d)"
+    r"|(?:при|for)(?: всех| любом| любых| всяком| all| every| any)?\s+(?=[a-z]\s?[<>≤≥≠∈])"
     r"|(?:число|значение|the (?:number|value))\s+(?=[\d\\√π-])"
     r"|([а-яё][а-яё -]*?)\s(?:равн[аоы]|равен|составля[ею]т|составит|будет|это|—|-)\s+"
     r"(?=[\d\\√π(\[{-])"
@@ -1257,10 +1326,13 @@ BOUNDS = re.compile(
 ABOUT_LETTERS = re.compile(r", ?(?:где|where) [^\d∈]*$")
 
 
-REMARK = re.compile(r"([^()]*[\dπ}][^()]*?) ?\(([^()]*[а-яёa-z]{2}[^()]*)\)([^()]*)", re.IGNORECASE)
+BECAUSE = re.compile(r"(?i), ?(?:так как|потому что|поскольку|because|since) .*$")
+REMARK = re.compile(
+    r"([^()]*[\dπ}][^()]*?) ?\(([^()]*(?:[а-яё]|[a-z]{2})[^()]*)\)([^()]*)", re.IGNORECASE
+)
 HARMLESS_REMARK = re.compile(
-    r"(?i)(?:это|т\. ?е\.|то есть)? ?(?:наи(?:больш|меньш)|максимальн|минимальн|искомо|единственн)"
-    r"[а-яё]+(?: (?:возможн[а-яё]+|значени[ея]|числ[оа]|корень|решение|количество))*"
+    r"(?i)(?:это|т\. ?е\.|то есть)? ?(?:наи(?:больш|меньш)|максимальн|минимальн|иском|единственн)"
+    r"[а-яё]+(?: (?:так(?:ое|ая|ой)|возможн[а-яё]+|значени[ея]|числ[оа]|корень|количество))*"
     r"|при \$?[a-z]\$? ?= ?\$?-?\d+(?:[.,/]\d+)?\$?"
 )
 
@@ -1285,7 +1357,7 @@ def without_remark(text: str) -> str:
         return text
     if HARMLESS_REMARK.fullmatch(said.strip(" .")):
         return before.strip()
-    if number(before) is not None and unit_measure(said):
+    if number(before) is not None and (said.strip(" .") in UNITS or derived_measure(said)):
         return f"{before.strip()} {said.strip(' .')}"
     if re.search(r"[а-яё]{2}", said):
         raise Unreadable
@@ -1297,6 +1369,14 @@ def without_words(text: str) -> str:
     if not re.search(r"\d|[√π\\]", text):
         return text
     text = ABOUT_LETTERS.sub("", text)
+    aside = re.search(r" [—–-] (?=[а-яё])([^—–]*)$", text)
+    if aside and HARMLESS_REMARK.fullmatch(aside[1]):
+        text = text[: aside.start()]
+    reason = BECAUSE.search(text)
+    if reason:
+        if denies(reason[0], set()):
+            raise Unreadable
+        text = text[: reason.start()]
     text = without_remark(text)
     introduced = INTRODUCED.match(text)
     if not introduced:
@@ -1307,6 +1387,15 @@ def without_words(text: str) -> str:
     return text[introduced.end() :].strip()
 
 # %% ../nbs/04a_grader.ipynb #abe1ab5f
+SYSTEM = re.compile(r"\\begin\s*\{cases\}([^&]*)\\end\s*\{cases\}", re.DOTALL)
+
+
+def in_one_line(system: re.Match) -> str:
+    "«x = 1; y = 2» for a brace with two lines."
+    lines = [line.strip(" \n,;") for line in re.split(r"\\\\(?:\[[^\[\]]*\])?", system[1])]
+    return "; ".join(line for line in lines if line)
+
+
 def parse(text: str, language: str | None = None) -> Form | None:
     "The form of an answer, from the first reader that knows it; None if it cannot be read."
     if len(text) > LONGEST_WRITTEN or text.count("$") - text.count("\\$") == 1:
@@ -1318,7 +1407,7 @@ def parse(text: str, language: str | None = None) -> Form | None:
     matrix = read_matrix(plain)
     if matrix:
         return matrix
-    cleaned = clean(plain)
+    cleaned = clean(SYSTEM.sub(in_one_line, plain))
     if not cleaned or len(cleaned) > LONGEST_CLEANED or re.search(UNFINISHED, text + " " + cleaned):
         return None
     try:
@@ -1342,7 +1431,8 @@ class AnswerClaim(NamedTuple):
 
 
 LABEL = re.compile(
-    r"(?im)(?<![а-яёa-z])(?:ответ(?:ом)?|answer)(?:"
+    r"(?im)(?<![а-яёa-z])(?:ответ(?:ом)?|answer)"
+    r"(?:[ \t]+(?:\([^()\n]{1,40}\)|(?:на вопрос|к задаче|задачи|to the (?:problem|question))))?(?:"
     r"[ \t]*(?:[:—–=]|-(?=\s))"  # Ответ: 12
     r"|[ \t]+(?:равен|составляет|is)(?![а-яёa-z]):?"  # Ответ равен 12
     r"|[ \t]+(?:является|будет|служит)(?![а-яёa-z]):?"  # Ответом является 12
@@ -1351,13 +1441,17 @@ LABEL = re.compile(
     r"|^[ \t]*(?:(?:итоговый|окончательный|правильный|final|the|correct)[ \t]+){0,2}"
     r"(?:ответ|answer)[ \t]*\.?[ \t]*$"  # a heading
 )
+LEADING_IN = re.compile(
+    r"(?i)(?:(?:the|our|my|final|correct|и|итак|наш|мой|итоговый|окончательный|правильный)[ \t]+)+$"
+)
 NOT_MINE = re.compile(r"(?i)(?:не|ошибочн|ложн)[а-яё]*\s+$")  # «неверный ответ: 5»
 SENTENCE_END = re.compile(r"(?<=\S)[.!](?:\s+(?=[А-ЯЁA-Z])|\s*$)")
 
 
 def without_markdown(text: str) -> str:
     "A text without bold, headings and quotes; `2**3` is a power and stays."
-    text = text.replace("\r\n", "\n")
+    text = text.replace("\r\n", "\n").replace("</answer>", "\n")
+    text = re.sub(r"<answer>\s*", "\nAnswer: ", text)
     text = re.sub(r"(?<![\w)}])\*\*|\*\*(?![\w(\\])", "", text)
     return re.sub(r"(?m)^[ \t]*(?:#{1,6}|>)[ \t]+", "", text)
 
@@ -1375,6 +1469,12 @@ def line_at(text: str, place: int) -> tuple[int, int]:
     return start, end
 
 
+def leading_in(text: str, place: int) -> int:
+    "The place where «the final» begins that leads to a label at `place`."
+    led = LEADING_IN.search(text, max(0, place - 40), place)
+    return led.start() if led else place
+
+
 def labelled_claims(text: str, boxed: list[Box]) -> list[AnswerClaim] | None:
     "Every «Ответ: …» of a text that is the writer's own and holds no box; None if too many."
     labels = [
@@ -1386,7 +1486,7 @@ def labelled_claims(text: str, boxed: list[Box]) -> list[AnswerClaim] | None:
         return None
     claims = []
     box_starts = [box.start for box in boxed]
-    next_starts = [label.start() for label in labels[1:]] + [len(text)]
+    next_starts = [leading_in(text, label.start()) for label in labels[1:]] + [len(text)]
     for label, next_start in zip(labels, next_starts):
         start, end = line_at(text, label.end())
         end = max(start, min(end, next_start))
@@ -1456,11 +1556,24 @@ UNIT_AFTER = re.compile(
 )  # «\boxed{5} см», and the power of it
 
 
+CLAUSE_END = re.compile(r"[,.;:!?—–\n]|\s(?:и|а|но|то|that|and|so|then|is)\s")
+DENIED_BEFORE = re.compile(
+    r"(?i)(?<!\w)(?:не\s+(?:мо[жг]|должн|быть|рав|явля|подход|год|верн|получа|совпада)\w*|нельзя"
+    r"|невозможно|(?:not|never|cannot|\w+n['’]t)(?! only))(?!\w)"
+)
+
+
+def clause_before(text: str, place: int) -> str:
+    "What stands before a place since the last comma, colon or «и»."
+    return CLAUSE_END.split(text[max(0, place - 100) : place])[-1]
+
+
 def stands_alone(text: str, box: Box) -> bool:
-    "Whether a box is a whole answer, neither part of a larger term nor hedged."
+    "Whether a box is a whole answer, neither part of a larger term nor hedged nor denied."
     before, after = text[max(0, box.start - 100) : box.start], text[box.end : box.end + 300]
     return not (
         TERM_BEFORE.search(before)
+        or DENIED_BEFORE.search(clause_before(text, box.start))
         or HEDGED_BEFORE.search(before)
         or TERM_AFTER.match(after)
         or GOES_ON.match(after)
@@ -1506,9 +1619,10 @@ OTHERS_DENIED = re.compile(
     r"(?:нет|не имеет)|нет других \w+|(?:there are )?no other \w+"
 )
 WHERE_ATTAINED = re.compile(r"(?:достига\w*|attained) (?:при|at|when) [^.;\n]*=[^.;\n]*")
+MODULUS = re.compile(r"^\s*\(?\\?p?mod\s*\{?\d+\}?\)?")  # n ≡ \boxed{5} \pmod{7}
 COURTESY = re.compile(
     r"(?:Надеюсь|Если (?:\w+[ ,]+){0,5}вопрос|Если (?:что-то|что-нибудь)|Обращай|Удачи|Буду рад|Рад"
-    r"|I hope|Let me know|Feel free|If you have)[^\d]*"
+    r"|Спасибо|I hope|Let me know|Feel free|If you have)[^\d]*"
 )
 HENCE = r"(?:таким образом|итак|следовательно|значит|поэтому|thus|so|hence|therefore)"
 CONFIRMED = re.compile(
@@ -1517,9 +1631,12 @@ CONFIRMED = re.compile(
     r"|провере\w+|вс[её]|(?:вс[её] )?(?:верно|сходится)|correct|готово"
     r"|решено|задача решена(?: верно)?"
     r"|решение (?:верно|завершено)"
-    r"|(?:(?:что|это) и )?требовалось \w+|done|q\.?e\.?d|this completes the \w+"
+    r"|(?:(?:что|это) и )?требовалось \w+|ч\. ?т\. ?д|done|q\.?e\.?d|this completes the \w+"
 )
-CHECKED = whole_words("проверка|проверим|действительно|в самом деле|check|indeed")
+CHECKED = whole_words(
+    "проверка|проверим|проверяем|убедимся|действительно|в самом деле",
+    "check|verification|verifying|let us check|let's check|let us verify|let's verify|indeed",
+)
 RESTATED = whole_words(HENCE)
 EXPLAINED = whole_words(
     "здесь|тут|где|так как|потому что|поскольку|по теореме|по формуле|согласно|пояснение",
@@ -1552,7 +1669,7 @@ IT_HOLDS = whole_words(
 def as_arithmetic(text: str) -> str:
     "A text in which · and × are *, : is /, and small powers are products."
     text = re.sub(r"[·×]|\\cdot|\\times", "*", text.replace("−", "-").replace("$", ""))
-    text = re.sub(r"(?<=\d) ?[:÷] ?(?=\d)", "/", text)
+    text = re.sub(r"(?<=\d) ?[:÷] ?(?=\d)", "/", text).replace("²", "^2").replace("³", "^3")
     return POWER.sub(lambda power: "*".join([power[1]] * int(power[2])), text)
 
 
@@ -1623,8 +1740,10 @@ def contradicted(after: str, answer: str) -> bool:
     form = parse(answer)
     if isinstance(form, Quantity):
         stated.add(abs(form.value))
+    if isinstance(form, BaseNumber):
+        stated |= {Fraction(form.base), *numbers_in(form.digits)}
     own, *sentences = re.split(r"(?<=[.!?…])\s+|\n+", after)
-    own = WHERE_ATTAINED.sub("", own)
+    own = MODULUS.sub("", WHERE_ATTAINED.sub("", own))
     if "?" in own or len(own.split()) > 12 or denies(own, stated) or ABOUT_ANSWER.search(own):
         return True
     return not all(harmless_sentence(sentence, answer, stated) for sentence in sentences)
@@ -1957,7 +2076,7 @@ def compare_spans(answer: Span, key: Span, worker: CompareExpressions) -> str:
     if len(answer.ends) != len(key.ends):
         return "wrong"
     if (answer.left, answer.right) != (key.left, key.right):
-        return "wrong"
+        return "unparsed" if "⟨" in (answer.left, key.left) else "wrong"
     verdicts = [compare_members(ours, its, worker) for ours, its in zip(answer.ends, key.ends)]
     return min(verdicts, key=["wrong", "unparsed", "correct"].index)
 
@@ -2097,6 +2216,11 @@ def tight(text: str) -> str:
     return re.sub(r" ?([-+=*/^<>≤≥≠]) ?", r"\1", clean(text))
 
 
+def without_spaces(text: str) -> str:
+    "A cleaned answer without any space but those that part words, numbers and list members."
+    return re.sub(r"(?<![\w,]) | (?!\w)|(?<=[^\d],) |(?<=,) (?!\d)", "", clean(text))
+
+
 def one_letter(text: str) -> str:
     "The letter of a choice, «Б)», `\\text{(C)}`; a capital, look-alikes as Latin ones; else empty."
     letter = re.fullmatch(r"\(?([A-ZА-Яа-яё])[).]?|\(?([a-z])\)", clean(text))
@@ -2113,7 +2237,8 @@ def compare_ratios(answer: Ratio, key: Ratio) -> str:
     pairs = list(zip(answer.parts, key.parts))
     proportional = all(first * its == its_first * ours for ours, its in pairs)
     turned_round = answer.parts == key.parts[::-1]
-    return "unparsed" if proportional or turned_round else "wrong"
+    half_a_day = answer.half_days != key.half_days and abs(first - its_first) == 12
+    return "unparsed" if proportional or turned_round or half_a_day else "wrong"
 
 
 def compare_matrices(answer: Matrix, key: Matrix, worker: CompareExpressions) -> str:
@@ -2142,6 +2267,28 @@ def with_colon(answer: str, key: str) -> str:
     return re.sub(r"^((?:в )?\d{1,2})\.(\d\d)$", r"\1:\2", clean(answer))
 
 
+NAMED = re.compile(r"[a-zA-Z](?:_\{?\w{1,4}\}?)?(?:\([a-z\d]\))?|[A-Z]{2,3}")
+MOST_SIDES = 5
+
+
+def chain_of_equals(
+    answer: str, key: str, worker: CompareExpressions, language: str | None
+) -> bool:
+    """Whether each side of 33 + 8 = 41 or S = 12π ≈ 37.7 is the key.
+
+    A name may be a side, and what stands behind ≈ is not looked at."""
+    exact, *about = re.split(r"≈|\\approx", answer)
+    if about and re.search(r"\d[.,]\d", exact):
+        return False
+    sides = clean(exact).split("=")
+    if "=" in key or not (about or 1 < len(sides) <= MOST_SIDES):
+        return False
+    values = [side.strip() for side in sides if not NAMED.fullmatch(side.strip())]
+    if not values or not all(values) or not (about or len(values) > 1 or len(sides) > 2):
+        return False
+    return all(compare(value, key, worker, language) == "correct" for value in values)
+
+
 def compare(
     answer: str,  # as it was written, without the solution around it
     gold: str,  # the key
@@ -2155,6 +2302,8 @@ def compare(
         return "unparsed"
     if len(answer) <= LONGEST_CLEANED and tight(answer) == tight(gold) != "":
         return "correct"
+    if len(answer) <= LONGEST_CLEANED and without_spaces(answer) == without_spaces(gold) != "":
+        return "correct"
     if key_letter := one_letter(gold):
         answer_letter = one_letter(answer)
         if answer_letter:
@@ -2166,6 +2315,8 @@ def compare(
             return "correct" if answer_line == line else "wrong"
     if re.match(r"[xyz] ?=.*[a-z]", re.sub(r"\\[a-z]+", "", clean(gold))) and "=" not in answer:
         return "unparsed"  # y = 2x + 3 is a line, and 2x + 3 is none
+    if chain_of_equals(answer, gold, worker, language):
+        return "correct"
     ours, key = parse(with_colon(answer, gold), language), parse(gold, language)
     if ours is None or key is None:
         return "unparsed"
@@ -2439,7 +2590,10 @@ class GraderScore:
         )
 
 
-def accepted_by_math_verify(response: str, answer: str) -> bool:
+Accepts = Callable[[str, str, str | None], bool]  # reply, key, language → is it called correct
+
+
+def accepted_by_math_verify(response: str, answer: str, language: str | None = None) -> bool:
     "Whether math-verify, as it is documented, calls a reply correct."
     import math_verify
 
@@ -2450,9 +2604,49 @@ def accepted_by_math_verify(response: str, answer: str) -> bool:
         return False
 
 
-def score_grader(
-    name: str, accepts: Callable[[str, str, str | None], bool], cases: list[dict[str, str]]
-) -> GraderScore:
+def accepted_by_hendrycks(response: str, answer: str, language: str | None = None) -> bool:
+    "Whether lm-eval's `hendrycks_math` calls the last box of a reply equal to the key."
+    from lm_eval.tasks.hendrycks_math import utils
+
+    try:
+        said = utils.remove_boxed(utils.last_boxed_only_string(response))
+        return bool(utils.is_equiv(said, answer))
+    except Exception:
+        return False
+
+
+def accepted_by_minerva(response: str, answer: str, language: str | None = None) -> bool:
+    "The same of its `minerva_math`, which asks sympy; needs lm-eval[math]."
+    from lm_eval.tasks.minerva_math import utils
+
+    try:
+        said = utils.remove_boxed(utils.last_boxed_only_string(response))
+        ours, its = map(utils.normalize_final_answer, (said, answer))
+        return bool(utils.is_equiv(ours, its))
+    except Exception:
+        return False
+
+
+OTHER_GRADERS: dict[str, Accepts] = {
+    "math-verify": accepted_by_math_verify,
+    "lm-eval hendrycks_math": accepted_by_hendrycks,
+    "lm-eval minerva_math": accepted_by_minerva,
+}
+
+
+def installed_graders() -> dict[str, Accepts]:
+    "The others that can be asked in this environment."
+    found = {}
+    for name, accepts in OTHER_GRADERS.items():
+        try:
+            accepts("\\boxed{1}", "1", None)
+            found[name] = accepts
+        except ImportError:
+            continue
+    return found
+
+
+def score_grader(name: str, accepts: Accepts, cases: list[dict[str, str]]) -> GraderScore:
     "A grader's answers to a table of cases, one after another, and how long each took."
     score = GraderScore(name, [], [])
     for case in cases:
@@ -2463,32 +2657,41 @@ def score_grader(
     return score
 
 
+def who_is_right(ours: GraderScore, other: GraderScore, cases: list[dict[str, str]]) -> list[dict]:
+    "The cases on which another grader disagrees with ours: who accepted the reply, who is right."
+    disagreements = []
+    for case, our_verdict, their_verdict in zip(cases, ours.accepted, other.accepted):
+        if our_verdict == their_verdict:
+            continue
+        is_right = our_verdict == (case["verdict"] == "correct")
+        disagreements.append(
+            dict(
+                reply=case["response"],
+                key=case["answer"],
+                other=other.grader,
+                accepted_by=ours.grader if our_verdict else other.grader,
+                right=ours.grader if is_right else other.grader,
+            )
+        )
+    return disagreements
+
+
 def compare_graders(cases: list[dict[str, str]]) -> tuple[list[dict], list[dict]]:
-    "Figures of both graders on a table of cases, and the cases on which they disagree."
+    "Figures of every installed grader on a table of cases, and where one disagrees with ours."
     worker = Worker()
     worker("1", "2")  # starts it
 
-    def ours(response: str, answer: str, language: str | None) -> bool:
+    def by_ours(response: str, answer: str, language: str | None) -> bool:
         return grade(response, answer, True, worker, language) == "correct"
 
-    def theirs(response: str, answer: str, language: str | None) -> bool:
-        return accepted_by_math_verify(response, answer)
-
-    scores = [score_grader("tpro_nb", ours, cases), score_grader("math-verify", theirs, cases)]
+    ours = score_grader("tpro_nb", by_ours, cases)
     worker.close()
-    disagreements = []
-    for case, our_verdict, their_verdict in zip(cases, scores[0].accepted, scores[1].accepted):
-        if our_verdict != their_verdict:
-            is_right = our_verdict == (case["verdict"] == "correct")
-            disagreements.append(
-                dict(
-                    reply=case["response"],
-                    key=case["answer"],
-                    accepted_by="tpro_nb" if our_verdict else "math-verify",
-                    right="tpro_nb" if is_right else "math-verify",
-                )
-            )
-    return [score.figures(cases) for score in scores], disagreements
+    figures, disagreements = [ours.figures(cases)], []
+    for name, accepts in installed_graders().items():
+        other = score_grader(name, accepts, cases)
+        figures.append(other.figures(cases))
+        disagreements += who_is_right(ours, other, cases)
+    return figures, disagreements
 
 
 def compare_command() -> None:
