@@ -66,6 +66,7 @@ $(CLIENTS)/.done: $(VENV)/.done
 	$(BIN)/python -c 'import sys, sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path(sys.argv[1])!r})")' purelib \
 	  > $$($(CLIENTS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
 	for client in litellm langchain-openai llm 'lm-eval[api]' guidellm; do $(CLIENTS)/bin/python -m pip install -q $$client || echo "$$client: not installed"; done
+	npm install --silent --no-audit --no-fund --prefix $(CLIENTS)/js openai || echo "openai for JavaScript: not installed"
 	touch $@
 test-clients: env-clients
 	TPRO_NB_RUN=none OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest tests/test_server_clients.py -rs

@@ -2,6 +2,7 @@
 refused by name, nothing is dropped in silence, a thought comes apart from its answer."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -675,3 +676,150 @@ def test_client_llm(url):  # noqa: F811
     assert talk.prompt("Привет", stream=False, **how).text()
     assert talk.prompt("Ещё", stream=True, **how).text()
     assert models.Completion("toy", **where).prompt("Мороз и", stream=False, **how).text()
+
+
+OPENAI_JS = """
+import OpenAI from "%s";
+const client = new OpenAI({ baseURL: process.argv[2], apiKey: "none", maxRetries: 0 });
+const how = { model: "toy", temperature: 0, max_tokens: 8 };
+const user = { role: "user", content: "Привет" };
+const names = [];
+for await (const model of client.models.list()) names.push(model.id);
+const whole = await client.chat.completions.create({ ...how, messages: [user] });
+const said = whole.choices[0].message;
+let streamed = "", thought = "";
+const stream = await client.chat.completions.create({
+  ...how, messages: [user], stream: true, stream_options: { include_usage: true },
+});
+let usage = null;
+for await (const chunk of stream) {
+  streamed += chunk.choices[0]?.delta?.content ?? "";
+  thought += chunk.choices[0]?.delta?.reasoning_content ?? "";
+  usage = chunk.usage ?? usage;
+}
+const again = await client.chat.completions.create({ ...how, messages: [user, said, user] });
+const helper = await client.chat.completions.stream({ ...how, messages: [user] }).finalContent();
+const plain = await client.completions.create({ model: "toy", prompt: "Мороз и", max_tokens: 4 });
+let refused = "";
+try {
+  await client.chat.completions.create({ ...how, messages: [user], n: 2 });
+} catch (error) {
+  refused = `${error.constructor.name} ${error.status} ${error.message}`;
+}
+const cut = new AbortController();
+let heard = 0;
+try {
+  const long = await client.chat.completions.create(
+    { ...how, messages: [user], max_tokens: 200, stream: true }, { signal: cut.signal },
+  );
+  for await (const chunk of long) if (++heard == 2) cut.abort();
+} catch (error) {
+  if (error.name != "AbortError" && error.constructor.name != "APIUserAbortError") throw error;
+}
+const told = {
+  names, content: said.content, thought: said.reasoning_content, streamed,
+  streamed_thought: thought,
+  usage, again: again.usage.prompt_tokens > whole.usage.prompt_tokens, helper,
+  plain: plain.choices[0].text, refused, heard,
+};
+console.log(JSON.stringify(told));
+"""
+
+
+def test_client_openai_js(svc, url, tmp_path):  # noqa: F811
+    "openai for JavaScript, where node has it: whole, streamed, a second turn, refusal, abort."
+    package = Path(sys.prefix) / "js/node_modules/openai/index.mjs"
+    node = shutil.which("node")
+    if not node or not package.exists():
+        pytest.skip(f"needs node and openai for JavaScript in {package.parents[2]}")
+    script = tmp_path / "client.mjs"
+    script.write_text(OPENAI_JS % package.as_uri())
+    ran = subprocess.run(
+        [node, str(script), f"{url}/v1"], capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 0, ran.stderr
+    told = json.loads(ran.stdout)
+    assert told["names"] == ["toy", "toy-plain"]
+    text = direct(svc, USER["content"], thinking=True, new=8)
+    assert (told["thought"] or "") + told["content"] == text.replace("<think>", "")
+    assert told["streamed"] == told["content"] == told["helper"]
+    assert told["streamed_thought"] == (told["thought"] or "")
+    assert told["usage"]["completion_tokens"] == 8
+    assert told["again"]
+    assert told["plain"]
+    assert told["refused"].startswith("BadRequestError 400")
+    assert "n: 2" in told["refused"]
+    assert 2 <= told["heard"] < 200
+
+
+def test_client_curl(svc, url, tmp_path):  # noqa: F811
+    "curl, as documentation shows it: a body on the command line, from a file, streamed, refused."
+    curl = shutil.which("curl")
+    if not curl:
+        pytest.skip("no curl")
+
+    def run(*args):
+        command = [curl, "-sS", "--noproxy", "*", *args]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+
+    chat = f"{url}/v1/chat/completions"
+    typed = ["-H", "Content-Type: application/json", "-H", "Authorization: Bearer sk-any"]
+    asked = body(max_tokens=8)
+    want = direct(svc, new=8)
+    whole = run(chat, *typed, "-d", json.dumps(asked, ensure_ascii=False))
+    assert json.loads(whole)["choices"][0]["message"]["content"] == want
+    file = tmp_path / "body.json"
+    padding = dict(user="я" * 60_000)  # above 1 kB curl waits for "100 Continue"
+    file.write_text(json.dumps(asked | dict(stream=True) | padding, ensure_ascii=False))
+    stream = run("-N", chat, *typed, "-H", "Expect: 100-continue", "--data-binary", f"@{file}")
+    lines = [line for line in stream.splitlines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    parts = [json.loads(line[6:])["choices"][0]["delta"] for line in lines[:-1]]
+    assert "".join(part.get("content", "") for part in parts) == want
+    status = ["-o", "/dev/null", "-w", "%{http_code}"]
+    # without the header curl says that it sends a form
+    told = json.loads(run(chat, "-d", json.dumps(asked)))["error"]
+    assert "x-www-form-urlencoded; send Content-Type: application/json" in told["message"]
+    assert run(chat, *typed, *status, "-d", "{") == "400"
+    assert json.loads(run(f"{url}/v1/models"))["data"][0]["id"] == "toy"
+
+
+def test_client_open_webui_bodies(svc, url):  # noqa: F811
+    "As Open WebUI 0.12 sends them: its source, routers/openai.py and routers/tasks.py."
+    headers = {
+        "Content-Type": "application/json",
+        "Authorization": "Bearer sk-none",
+        "HTTP-Referer": "https://openwebui.com/",
+        "X-Title": "Open WebUI",
+    }
+    listed = httpx.get(f"{url}/v1/models", headers=headers).json()
+    assert {model["id"] for model in listed["data"]} == {"toy", "toy-plain"}
+    system = dict(role="system", content="Отвечай кратко.")
+    spoken = dict(role="assistant", content="Привет!")
+    chats = [
+        [USER],
+        [system, USER, spoken, USER],
+        [USER, dict(role="assistant", content=""), USER],  # an answer that was stopped
+        [USER, spoken],  # "Continue"
+        [dict(role="user", content=[dict(type="text", text="Привет")])],
+    ]
+    for messages in chats:
+        asked = dict(stream=True, model="toy", messages=messages, max_tokens=6)
+        asked |= dict(stream_options=dict(include_usage=True))
+        response = httpx.post(f"{url}/v1/chat/completions", json=asked, headers=headers)
+        assert response.status_code == 200, response.text
+        assert "text/event-stream" in response.headers["content-type"]
+        chunks = [json.loads(line[6:]) for line in response.text.split("\n\n") if "{" in line]
+        assert chunks[-1]["usage"]["completion_tokens"] == 6
+        assert chunks[-2]["choices"][0]["finish_reason"] == "length"
+    # settings of its panel, at values that change nothing
+    panel = dict(frequency_penalty=0, presence_penalty=0, top_p=1, seed=1, stop=["###"], top_k=-1)
+    title = dict(model="toy", messages=[USER], stream=False, max_tokens=6, reasoning_effort="low")
+    response = httpx.post(f"{url}/v1/chat/completions", json=title | panel, headers=headers)
+    assert response.status_code == 200, response.text
+    photo = dict(type="image_url", image_url=dict(url="data:image/png;base64,AAAA"))
+    with_photo = title | dict(messages=[dict(role="user", content=[photo])])
+    assert "text parts" in refusal(httpx.post(f"{url}/v1/chat/completions", json=with_photo))

@@ -329,6 +329,11 @@ def add_error_replies(app) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request, e):
+        sent = request.headers.get("content-type", "no type")
+        if request.method == "POST" and "json" not in sent.lower():
+            return reply(
+                400, f"the body was sent as {sent[:80]}; send Content-Type: application/json"
+            )
         return reply(400, findings_sentence(e.errors()))
 
     @app.exception_handler(HTTPException)
