@@ -551,6 +551,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'tpro_nb.client.Endpoint._in_pieces': ('client.html#endpoint._in_pieces', 'tpro_nb/client.py'),
                                 'tpro_nb.client.Endpoint._once': ('client.html#endpoint._once', 'tpro_nb/client.py'),
                                 'tpro_nb.client.Endpoint._parts': ('client.html#endpoint._parts', 'tpro_nb/client.py'),
+                                'tpro_nb.client.Endpoint._show': ('client.html#endpoint._show', 'tpro_nb/client.py'),
                                 'tpro_nb.client.Endpoint._turn': ('client.html#endpoint._turn', 'tpro_nb/client.py'),
                                 'tpro_nb.client.Endpoint._wait': ('client.html#endpoint._wait', 'tpro_nb/client.py'),
                                 'tpro_nb.client.Endpoint.ask': ('client.html#endpoint.ask', 'tpro_nb/client.py'),

@@ -47,7 +47,7 @@ from tpro_nb.ablation_cells import (
     run_cell,
     runs_by_stage,
 )
-from .core import UserError, atomic_write, mean_ci, project_root, write_json
+from .core import UserError, atomic_write, mean_ci, project_root, run_as_command, write_json
 from .paper import csv_rows
 from tpro_nb.studies import (
     Column,
@@ -676,7 +676,4 @@ def ablate_command(argv: list[str] | None = None) -> int:
 
 # %% ../nbs/92b_ablate.ipynb #ab920023
 if __name__ == "__main__" and "__file__" in globals():
-    try:
-        raise SystemExit(ablate_command())
-    except UserError as e:
-        raise SystemExit(f"tpro-nb: {e}") from None
+    run_as_command(ablate_command)

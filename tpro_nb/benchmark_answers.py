@@ -13,7 +13,15 @@ from itertools import product
 from pathlib import Path
 
 from .benchmark_files import Benchmark, RegisteredModel
-from .client import Endpoint, Kept, RefusedQuestion, Unanswered, question_key, read_reply
+from tpro_nb.client import (
+    WHY_REFUSED,
+    Endpoint,
+    Kept,
+    RefusedQuestion,
+    Unanswered,
+    question_key,
+    read_reply,
+)
 from .core import UserError, read_json, write_json, write_jsonl
 from .evaluation import SamplingJob, model_digest
 from .grader import after_think
@@ -156,8 +164,7 @@ def settled_replies(server: Endpoint, bodies: list[dict], refused: Kept, title: 
     if refusals and len(refusals) == len(replies):
         raise UserError(
             f"{server.url} refuses every question, so it is the request that it does not like: "
-            f"{refusals[0]}. Usual causes: a token limit (max_tokens) beyond the server's context, "
-            "or chat_template_kwargs, which switch= always or never leaves out."
+            f"{refusals[0]}. {WHY_REFUSED} (switch= always or never leaves these out)."
         )
     for key, reply in zip(keys, replies):
         if isinstance(reply, RefusedQuestion) and key not in known:

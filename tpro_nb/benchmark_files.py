@@ -175,7 +175,7 @@ def whole_set(
         raise UserError(
             f"{path}: {len(problems)} rows, and {benchmark.id} has {expected}. "
             "A part of a set has another difficulty; "
-            f"say rows={len(problems)} if it is meant."
+            f"say rows={len(problems)} (--rows {len(problems)}) if it is meant."
         )
     return problems
 
@@ -237,7 +237,8 @@ def check_columns(path: str, place: int, row: Any, columns: list[str]) -> None:
     if lost:
         raise UserError(
             f"{path}, row {place}: {', '.join(lost)} missing or empty. "
-            f"The row has {has}; name the columns with fields= (--fields on the command line)."
+            f"The row has {has}; name the columns with fields= (on the command line: "
+            "--fields question=… answer=…, and id= where there is none)."
         )
 
 

@@ -32,7 +32,15 @@ from tpro_nb.certificate import (
     tokenizer_from_json,
     trim,
 )
-from .core import UserError, environment, project_root, read_json, read_jsonl, write_json
+from tpro_nb.core import (
+    UserError,
+    environment,
+    project_root,
+    read_json,
+    read_jsonl,
+    run_as_command,
+    write_json,
+)
 from .cost_model import decode_in_turn, finite_or_none, median_ms, verified_tokens
 from .decoder import Decoder
 from .eagle_draft import DraftTraining, target_fingerprint, train_draft
@@ -759,7 +767,4 @@ def grid_command(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__" and "__file__" in globals():
-    try:
-        raise SystemExit(grid_command())
-    except UserError as e:
-        raise SystemExit(f"tpro-nb: {e}") from e
+    run_as_command(grid_command)

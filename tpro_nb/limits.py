@@ -29,6 +29,7 @@ from tpro_nb.core import (
     ratio_ci,
     read_json,
     read_jsonl,
+    run_as_command,
     write_json,
     write_jsonl,
 )
@@ -748,7 +749,4 @@ def limits_command(argv: list[str] | None = None) -> int:
 
 # %% ../nbs/14e_limits.ipynb #c10a0029
 if __name__ == "__main__" and "__file__" in globals():
-    try:
-        raise SystemExit(limits_command())
-    except UserError as e:
-        raise SystemExit(f"tpro_nb.limits: {e}") from e
+    run_as_command(limits_command)

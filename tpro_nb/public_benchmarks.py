@@ -126,7 +126,13 @@ def benchmark_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="the file's names for id, question, answer, options; id= for a file without ids",
     )
     add = parser.add_argument_group("who answers").add_argument
-    add("--endpoint", default="", metavar="'URL MODEL'", help="an OpenAI-compatible server")
+    add(
+        "--endpoint",
+        default="",
+        metavar="'URL MODEL'",
+        help="an OpenAI-compatible server, as in 'http://localhost:30000/v1 T-pro'; "
+        "its key is read from OPENAI_API_KEY",
+    )
     add("--path", default="", help="or a model's folder or hub id, sampled in this machine")
     add(
         "--model",
@@ -144,7 +150,12 @@ def benchmark_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--mode", default="think", choices=["think", "direct"])
     add("--k", type=int, default=0, help="samples a question; 0: the registry's")
     add("--temperature", type=float, default=0.6, help="0.6")
-    add("--max-tokens", type=int, default=32768, help="of an answer with its thoughts (32768)")
+    add(
+        "--max-tokens",
+        type=int,
+        default=32768,
+        help="of an answer with its thoughts (32768); the server's context must hold them",
+    )
     add("--seed", type=int, default=0, help="of the first sample; the next has the next")
     add(
         "--stop",
@@ -220,9 +231,9 @@ def asked_text(asked: dict) -> str:
 
 
 FIGURE_MEANS = dict(
-    avg_at_k="of a question's samples are right",
-    pass_at_k="of the questions have a right one among their samples",
-    maj_at_k="of the questions are right by the vote of their samples",
+    avg_at_k="share of samples that are right",
+    pass_at_k="share of questions with a right sample",
+    maj_at_k="share of questions that the vote of their samples gets right",
 )
 
 
@@ -234,7 +245,9 @@ def score_rows(line: dict, paper: float | None) -> list[tuple[str, str, str]]:
         name = figure.replace("_at_k", f"@{line['k']}")
         rows.append((name, with_interval(line[figure], *ends), meaning))
     if paper is not None:
-        rows.append(("paper", f"{paper:g}", "in its table, with settings that it does not print"))
+        rows.append(
+            ("paper", f"{paper:g}", "its table's figure, with settings that it does not print")
+        )
     return rows
 
 
