@@ -690,8 +690,10 @@ def read_vocabulary(source: Any) -> Vocabulary:
     "The vocabulary of a path, folder, `Tokenizer` or dict."
     tok_json = load_tokenizer_json(source)
     tok = tokenizer_from_json(tok_json)
-    specials = {added["content"]: added["id"] for added in tok_json["added_tokens"]}
-    return Vocabulary(tok_json, tok, tok.get_vocab(), specials)
+    ids = tok.get_vocab()
+    # by the encoder: it numbers an added token anew where another entry has its id in the file
+    specials = {added["content"]: ids[added["content"]] for added in tok_json["added_tokens"]}
+    return Vocabulary(tok_json, tok, ids, specials)
 
 # %% ../nbs/02a_certificate.ipynb #42a41482
 def size_faults(new: Vocabulary, old: Vocabulary, grow: int) -> list[str]:
@@ -830,9 +832,10 @@ def id_map(new: dict, old: dict) -> IdMap:
     new_ids, old_ids = new["model"]["vocab"], old["model"]["vocab"]
     old_names = {token: name for name, token in old_ids.items()}
     marks = {added["content"] for added in new["added_tokens"]}
+    specials = {added["content"]: added["id"] for added in old["added_tokens"]}
     added, removed = [], []
     for token, name in sorted((token, name) for name, token in new_ids.items()):
-        if old_ids.get(name) == token:
+        if token in (old_ids.get(name), specials.get(name)):
             continue
         if name in marks:
             pieces = old_tok.encode(name, add_special_tokens=False).ids
@@ -840,7 +843,8 @@ def id_map(new: dict, old: dict) -> IdMap:
         else:
             pieces = [piece.id for piece in old_tok.model.tokenize(name)]
             added.append(NewToken(token, from_byte_level(name), pieces))
-        removed.append(OldToken(token, from_byte_level(old_names[token])))
+        if token in old_names:  # not one by which the vocabulary grew
+            removed.append(OldToken(token, from_byte_level(old_names[token])))
     size = len({*new_ids.values(), *(mark["id"] for mark in new["added_tokens"])})
     return IdMap(kept=size - len(added), vocab_size=size, added=added, removed=removed)
 

@@ -141,6 +141,10 @@ FORWARDED = dict(
     curate=Forwarded("curate", "a clean, deduplicated, decontaminated set of rows that you bring"),
     serve=Forwarded("server", "an OpenAI-compatible server (demo extra)"),
     playground=Forwarded("playground", "the chat page (demo extra)"),
+    adapt=Forwarded(
+        "adapt", "your own language: a base's vocabulary changed, certified and transplanted"
+    ),
+    gguf=Forwarded("gguf_export", "a model folder as one file for llama.cpp"),
     ablate=Forwarded(
         "ablate",
         "eight cells of the chain, parts switched off, effects with intervals (eval extra)",

@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['CYRILLIC', 'HEX_BYTE', 'SMOOTH', 'Halves', 'Pair', 'NO_FLAGS', 'TOY_WISH', 'CARD', 'protected', 'removable_ids',
-           'merge_tree', 'choose_victims', 'without', 'Extension', 'good_token', 'join_in', 'PairWeights',
-           'grow_vocabulary', 'assemble', 'operate', 'check_donor', 'check_texts', 'check_room', 'toy_wish',
-           'two_piece_passes', 'donor_pool', 'script_of', 'ScriptRow', 'spread', 'by_script', 'LanguageRow',
+           'merge_tree', 'choose_victims', 'without', 'Extension', 'letter_beginnings', 'good_token', 'join_in',
+           'PairWeights', 'grow_vocabulary', 'assemble', 'operate', 'check_donor', 'check_texts', 'check_room',
+           'toy_wish', 'two_piece_passes', 'donor_pool', 'script_of', 'ScriptRow', 'spread', 'by_script', 'LanguageRow',
            'compare_languages', 'card_text', 'package_licence', 'catalogue_licence', 'swap_licences', 'SurgerySettings',
            'starting_point', 'SurgeryReport', 'seen_share', 'price_for_others', 'o200k_density', 'random_examples',
            'surgery_report', 'change_table', 'surgery_job', 'SwapTable', 'pack_swaps', 'unpack_swaps',
@@ -21,8 +21,9 @@ import tempfile
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, TypedDict
@@ -84,7 +85,7 @@ HEX_BYTE = re.compile(r"x[0-9a-fA-F]{2}")  # a byte as source code spells it: li
 def protected(
     text: str | None,  # None: a part of a character
     special: bool = False,
-    letters: Set[str] = CYRILLIC,  # of the alphabet that is to gain
+    letters: frozenset[str] = CYRILLIC,  # of the alphabet that is to gain
 ) -> bool:
     "Whether a token of this text must stay."
     if special or text is None or "�" in text:
@@ -100,7 +101,7 @@ def protected(
     )
 
 
-def removable_ids(tok_json: dict, letters: Set[str] = CYRILLIC) -> set[int]:
+def removable_ids(tok_json: dict, letters: frozenset[str] = CYRILLIC) -> set[int]:
     "Ids of the entries that are not protected, if the alphabet of these letters is to gain."
     special = {added["id"] for added in tok_json["added_tokens"]}
     ids = sorted(tok_json["model"]["vocab"].values())
@@ -132,7 +133,7 @@ def choose_victims(
     use: np.ndarray,  # [voters, ids], uses per million words
     n: int,  # tokens
     weight: np.ndarray | None = None,  # say of each row of `use`; None: equal
-    letters: Set[str] = CYRILLIC,  # of the alphabet that is to gain
+    letters: frozenset[str] = CYRILLIC,  # of the alphabet that is to gain
 ) -> list[int]:  # in the order in which they go
     "The n least used removable ids; a removed leaf hands its use down to its halves."
     free = removable_ids(tok_json, letters)
@@ -223,12 +224,23 @@ class Extension:
         return True
 
 # %% ../nbs/02c_tokenizer_surgery.ipynb #f293f89e
-def good_token(spelling: str, letters: Set[str] = CYRILLIC) -> bool:
+@lru_cache(4)
+def letter_beginnings(letters: frozenset[str]) -> frozenset[bytes]:
+    "First bytes of letters of three or four: steps without which no merge arrives at the letter."
+    spelt = [letter.encode() for letter in letters]
+    long_ones = [letter for letter in spelt if len(letter) > 2]
+    return frozenset(letter[:2] for letter in long_ones) | frozenset(
+        letter[:3] for letter in long_ones if len(letter) > 3
+    )
+
+
+def good_token(spelling: str, letters: frozenset[str] = CYRILLIC) -> bool:
     "Whether a byte-level name is letters of the alphabet, at most one space first, and in NFC."
+    spelt = bytes(CHAR_TO_BYTE[char] for char in spelling)
     try:
-        text = bytes(CHAR_TO_BYTE[char] for char in spelling).decode()
+        text = spelt.decode()
     except UnicodeDecodeError:
-        return False
+        return spelt in letter_beginnings(letters)
     word = text.removeprefix(" ")
     return bool(word) and letters >= set(word) and unicodedata.is_normalized("NFC", text)
 
@@ -282,7 +294,7 @@ def grow_vocabulary(
     tok_json: dict,  # tokenizer, victims already out
     words: WordWeights,  # by byte-level spelling
     n: int,  # tokens
-    letters: Set[str] = CYRILLIC,  # that a new token may hold
+    letters: frozenset[str] = CYRILLIC,  # that a new token may hold
 ) -> Extension:
     "Add n reachable tokens, each time the pair with the greatest weight over the words."
     from tqdm.auto import tqdm
