@@ -36,7 +36,7 @@ from tpro_nb.scheduler import (
     Shown,
     TextRequest,
     check_request,
-    pass_costs,
+    costs_here,
     request_id,
 )
 
@@ -602,7 +602,7 @@ class Service:
         settings, tree = self.settings, self.models[self.name]
         if settings.piece and (settings.draft_up_to or tree is None):
             return None
-        return pass_costs(self.dec, tree, settings.slots)
+        return costs_here(self.dec, tree, settings.slots)
 
     def rendered(self, rows: list[dict], thinking: bool) -> str:
         "Messages in the model's chat form, or `Refused`."

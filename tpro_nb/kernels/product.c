@@ -3,9 +3,8 @@
 #include <immintrin.h>
 #endif
 
-#define NARROW_ROWS 12 /* rows of a tile one block wide: a plain step or a tree */
-#define WIDE_ROWS 6    /* rows of a tile four blocks wide: 24 sums in registers */
-#define WIDE_BLOCKS 4
+#define MOST_ROWS 12             /* of a tile: a sum for each stays in a register */
+#define PANEL_BYTES (512 * 1024) /* of inputs that are laid side by side at a time */
 
 /* The sums of one block of outputs after one more unit of a row's input. */
 INLINE Floats multiply_add(Floats sums, Ints weights, const Weight *input) {
@@ -22,87 +21,84 @@ INLINE Floats multiply_add(Floats sums, Ints weights, const Weight *input) {
 #endif
 }
 
-/* What a tile reads and writes. The inputs of a narrow tile lie side by side (see below). */
-#define TILE_PARAMETERS                                                                            \
-    const Weight *x, const Weight *w, float *y, int n_out, int n_in, int add, int ahead_from,      \
-        int ahead_to
+#define TILE_PARAMETERS const Weight *x, const Weight *w, float *y, int n_out, int n_in, int add
 
-/* The outputs of `blocks` blocks for `rows` rows. Both are constants where this is inlined, so that
-   every sum has a register of its own and the inner loops vanish. */
-INLINE void tile(const int blocks, const int rows, TILE_PARAMETERS) {
-    Floats sums[WIDE_BLOCKS][NARROW_ROWS];
-    for (int b = 0; b < blocks; b++)
-        for (int row = 0; row < rows; row++)
-            sums[b][row] = (Floats){0};
-    for (int in = 0; in < n_in; in += UNIT) {
-        Ints weights[WIDE_BLOCKS];
-        for (int b = 0; b < blocks; b++)
-            memcpy(&weights[b], w + ((size_t)b * n_in + in) * LANES, sizeof(Ints));
-        if (blocks == 1) {
-            /* One stream, asked for before it is needed: 2 KB ahead into the first-level cache for
-               few rows, 8 KB ahead into the second for more. Found by trial. */
-            const char *stream = (const char *)(w + (size_t)in * LANES);
-            if (rows < 4)
-                __builtin_prefetch(stream + 2048, 0, 3);
-            else
-                __builtin_prefetch(stream + 8192, 0, 2);
-        } else {
-            /* Every turn over this tile asks for its part of the next one. */
-            for (int b = ahead_from; b < ahead_to; b++)
-                __builtin_prefetch(w + ((size_t)(blocks + b) * n_in + in) * LANES, 0, 3);
-        }
-        for (int row = 0; row < rows; row++) {
-            const Weight *input = x + (blocks == 1 ? in * rows + row * UNIT : row * n_in + in);
-            for (int b = 0; b < blocks; b++)
-                sums[b][row] = multiply_add(sums[b][row], weights[b], input);
-        }
-    }
+/* The outputs of one block for `rows` rows, whose inputs lie side by side (see below). `rows` is a
+   constant where this is inlined, so that every sum has a register of its own and the inner loops
+   vanish. */
+INLINE void tile(const int rows, TILE_PARAMETERS) {
+    Floats sums[MOST_ROWS];
     for (int row = 0; row < rows; row++)
-        for (int b = 0; b < blocks; b++) {
-            float *to = y + (size_t)row * n_out + b * LANES;
-            store_floats(to, add ? load_floats(to) + sums[b][row] : sums[b][row]);
-        }
+        sums[row] = (Floats){0};
+    for (int in = 0; in < n_in; in += UNIT) {
+        /* One stream, asked for before it is needed: 2 KB ahead into the first-level cache for
+           few rows, 8 KB ahead into the second for more. Found by trial. */
+        const char *stream = (const char *)(w + (size_t)in * LANES);
+        if (rows < 4)
+            __builtin_prefetch(stream + 2048, 0, 3);
+        else
+            __builtin_prefetch(stream + 8192, 0, 2);
+        Ints weights;
+        memcpy(&weights, stream, sizeof weights);
+        for (int row = 0; row < rows; row++)
+            sums[row] = multiply_add(sums[row], weights, x + in * rows + row * UNIT);
+    }
+    for (int row = 0; row < rows; row++) {
+        float *to = y + (size_t)row * n_out;
+        store_floats(to, add ? load_floats(to) + sums[row] : sums[row]);
+    }
 }
 
-#define TILE(blocks, rows)                                                                         \
-    static void tile_##blocks##_##rows(TILE_PARAMETERS) {                                          \
-        tile(blocks, rows, x, w, y, n_out, n_in, add, ahead_from, ahead_to);                       \
+#define TILE(rows)                                                                                 \
+    static void tile_##rows(TILE_PARAMETERS) {                                                     \
+        tile(rows, x, w, y, n_out, n_in, add);                                                     \
     }
-TILE(4, 1)
-TILE(4, 2)
-TILE(4, 3)
-TILE(4, 4)
-TILE(4, 5)
-TILE(4, 6)
-TILE(1, 1)
-TILE(1, 2)
-TILE(1, 3)
-TILE(1, 4)
-TILE(1, 5)
-TILE(1, 6)
-TILE(1, 7)
-TILE(1, 8)
-TILE(1, 9)
-TILE(1, 10)
-TILE(1, 11)
-TILE(1, 12)
+TILE(1)
+TILE(2)
+TILE(3)
+TILE(4)
+TILE(5)
+TILE(6)
+TILE(7)
+TILE(8)
+TILE(9)
+TILE(10)
+TILE(11)
+TILE(12)
 
 typedef void (*Tile)(TILE_PARAMETERS);
 /* By the number of rows. */
-static const Tile wide_tile[WIDE_ROWS + 1] = {0,        tile_4_1, tile_4_2, tile_4_3,
-                                              tile_4_4, tile_4_5, tile_4_6};
-static const Tile narrow_tile[NARROW_ROWS + 1] = {
-    0,        tile_1_1, tile_1_2, tile_1_3,  tile_1_4,  tile_1_5, tile_1_6,
-    tile_1_7, tile_1_8, tile_1_9, tile_1_10, tile_1_11, tile_1_12};
+static const Tile tiles[MOST_ROWS + 1] = {0,      tile_1, tile_2, tile_3,  tile_4,  tile_5, tile_6,
+                                          tile_7, tile_8, tile_9, tile_10, tile_11, tile_12};
 
-/* The first unit of every row, then the second of every row: one stream instead of `n_rows`. */
-static const Weight *side_by_side(const Weight *x, Weight *to, int n_rows, int n_in) {
-    if (n_rows == 1)
-        return x;
+/* The first unit of every row, then the second of every row: one stream instead of `rows`. */
+static void side_by_side(const Weight *x, Weight *to, int rows, int n_in) {
     for (int in = 0; in < n_in; in += UNIT)
-        for (int row = 0; row < n_rows; row++)
-            memcpy(to + in * n_rows + row * UNIT, x + row * n_in + in, UNIT * sizeof(Weight));
-    return to;
+        for (int row = 0; row < rows; row++)
+            memcpy(to + in * rows + row * UNIT, x + row * n_in + in, UNIT * sizeof(Weight));
+}
+
+/* Rows that share one reading of the weights: in turns over every block, while it is in the first
+   cache. */
+static void panel(const Weight *x, const Weight *w, float *y, int n_rows, int n_out, int n_in,
+                  int add, int first, int last) {
+    int turns = (n_rows + MOST_ROWS - 1) / MOST_ROWS;
+    int begin[turns + 1];
+    for (int turn = 0; turn <= turns; turn++)
+        begin[turn] = n_rows * turn / turns;
+    Weight turned[n_rows > 1 ? n_in * n_rows : 1];
+    if (n_rows > 1) {
+        for (int turn = 0; turn < turns; turn++) {
+            size_t from = (size_t)begin[turn] * n_in;
+            side_by_side(x + from, turned + from, begin[turn + 1] - begin[turn], n_in);
+        }
+        x = turned;
+    }
+    for (int block = first; block < last; block++)
+        for (int turn = 0; turn < turns; turn++)
+            tiles[begin[turn + 1] - begin[turn]](
+                x + (size_t)begin[turn] * n_in, w + (size_t)block * n_in * LANES,
+                y + (size_t)begin[turn] * n_out + block * LANES, n_out, n_in, add);
 }
 
 void product(const Weight *x, const Weight *w, float *y, int n_rows, int n_out, int n_in, int add,
@@ -114,27 +110,12 @@ void product(const Weight *x, const Weight *w, float *y, int n_rows, int n_out, 
     if (last > n_blocks)
         last = n_blocks;
 
-    /* More rows than a narrow tile takes come in turns, all of them over one tile's weights. */
-    int turns = n_rows > NARROW_ROWS ? (n_rows + WIDE_ROWS - 1) / WIDE_ROWS : 1;
-    Weight turned[n_in * (turns > 1 ? WIDE_ROWS : n_rows)];
-    if (turns == 1)
-        x = side_by_side(x, turned, n_rows, n_in);
-
-    int width; /* blocks of this tile */
-    for (int block = first; block < last; block += width) {
-        width = turns > 1 && last - block >= WIDE_BLOCKS ? WIDE_BLOCKS : 1;
-        const Tile *tiles = width == 1 ? narrow_tile : wide_tile;
-        for (int turn = 0; turn < turns; turn++) {
-            int row = n_rows * turn / turns;
-            int rows = n_rows * (turn + 1) / turns - row;
-            const Weight *inputs = x + (size_t)row * n_in;
-            if (turns > 1 && width == 1)
-                inputs = side_by_side(inputs, turned, rows, n_in);
-            int ahead_from = (width * turn + turns - 1) / turns;
-            int ahead_to = (width * (turn + 1) + turns - 1) / turns;
-            tiles[rows](inputs, w + (size_t)block * n_in * LANES,
-                        y + (size_t)row * n_out + block * LANES, n_out, n_in, add, ahead_from,
-                        ahead_to);
-        }
+    int most = PANEL_BYTES / (n_in * sizeof(Weight)) / MOST_ROWS * MOST_ROWS;
+    if (most < MOST_ROWS)
+        most = MOST_ROWS;
+    for (int row = 0; row < n_rows; row += most) {
+        int rows = n_rows - row < most ? n_rows - row : most;
+        panel(x + (size_t)row * n_in, w, y + (size_t)row * n_out, rows, n_out, n_in, add, first,
+              last);
     }
 }
