@@ -158,7 +158,7 @@ def test_a_killed_run_loses_at_most_a_shard(once, tmp_path):
     child.wait()
     finished = {file.name for file in done.glob("*")}
     assert 2 <= len(finished) < len(funnel_pieces(asked))
-    shards = [funnel.shard_path(Path(asked.out, "work/read/rows"), int(n)) for n in finished]
+    shards = [funnel.row_shard(Path(asked.out, "work/read/rows"), int(n)) for n in finished]
     written = {shard: shard.stat().st_mtime_ns for shard in shards}
     assert not Path(asked.out, "manifest.json").exists()
     again = subprocess.Popen(

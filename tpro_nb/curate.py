@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['item_text', 'read_protected', 'Curation', 'tokenizer_file', 'plan_of', 'curate_files', 'find_row', 'why_text',
-           'common_reasons', 'report_text', 'curate_parser', 'pairs_of', 'curation_of', 'first_shapes', 'plan_text',
-           'curate_command']
+           'common_reasons', 'report_text', 'curate_parser', 'pairs_of', 'curation_of', 'first_shapes',
+           'funnel_plan_text', 'curate_command']
 
 # %% ../nbs/05k_curate.ipynb #d731dfb3
 import argparse
@@ -374,7 +374,7 @@ def first_shapes(plan: FunnelPlan) -> dict[str, str]:
     return told
 
 
-def plan_text(plan: FunnelPlan) -> str:
+def funnel_plan_text(plan: FunnelPlan) -> str:
     "A plan for a terminal."
     shapes = first_shapes(plan)
     shards = Counter(piece.source.name for piece in plan.pieces)
@@ -400,7 +400,7 @@ def curate_command(argv: list[str]) -> int | None:
         parser.error("--out DIR is needed: the folder of the result")
     machines = Machines(args.executor, args.workers, tuple(pairs_of("--slurm", args.slurm).items()))
     plan = plan_of(curation_of(args))
-    print(plan_text(plan), flush=True)
+    print(funnel_plan_text(plan), flush=True)
     if args.dry_run:
         for step in funnel_steps(plan):
             print(f"step {step.name}: {step.tasks} tasks")

@@ -4,9 +4,9 @@
 __all__ = ['FunnelStep', 'REWRITING_STEPS', 'MODELS', 'STAND_INS', 'LIMITS', 'BookLine', 'Dropped', 'as_outcome', 'Funnel',
            'write_dropped', 'CurationModels', 'stand_ins', 'check_range', 'check_settings', 'check_models',
            'curation_models', 'on_some', 'FunnelSettings', 'examined_note', 'check_licences', 'drop_coarse',
-           'drop_repetitions', 'remove_leaks', 'diverse_step', 'balance_step', 'choose_by_tags', 'filter_by_models',
-           'mix_languages', 'answers_directly', 'thinks', 'rewrite_answers', 'curate', 'html_escaped', 'turn_html',
-           'way_html', 'row_html', 'viewer']
+           'drop_repetitions', 'drop_paraphrases', 'remove_leaks', 'diverse_step', 'balance_step', 'choose_by_tags',
+           'filter_by_models', 'mix_languages', 'answers_directly', 'thinks', 'rewrite_answers', 'curate',
+           'choose_and_rewrite', 'html_escaped', 'turn_html', 'way_html', 'row_html', 'viewer']
 
 # %% ../nbs/05h_curation.ipynb #318e05b3
 import html
@@ -389,13 +389,17 @@ def drop_coarse(rows: list[Row]) -> list[Row]:
     return [row for row in rows if "label:coarse" not in row["tags"]]
 
 
-def drop_repetitions(funnel: Funnel, settings: FunnelSettings, models: CurationModels) -> None:
-    "Licences and coarse words, then duplicates from the cheap step to the dear one."
+def drop_repetitions(funnel: Funnel, settings: FunnelSettings) -> None:
+    "Licences and coarse words, then duplicates."
     funnel.step("licence", partial(check_licences, licences=settings.licences))
     funnel.step("coarse", drop_coarse, "dictionary labels")
     funnel.step("exact", exact_step, "signs, digits and keys kept")
     near = partial(near_dedup, threshold=settings.jaccard)
     funnel.step("near", near, f"Jaccard ≥ {settings.jaccard}")
+
+
+def drop_paraphrases(funnel: Funnel, settings: FunnelSettings, models: CurationModels) -> None:
+    "Rows that say the same in other words, where there is an embedder."
     if models.embed:
         semantic = partial(
             semantic_dedup,
@@ -522,15 +526,23 @@ def curate(
     "The paper's order of steps over raw rows; the funnel, and the report of leaks."
     models = models or CurationModels()
     funnel = Funnel(rows)
-    drop_repetitions(funnel, settings, models)
+    drop_repetitions(funnel, settings)
     leaks = remove_leaks(funnel, guard, "decontaminate", "windows, then numbers, signs and names")
+    return funnel, leaks + choose_and_rewrite(funnel, guard, settings, models)
+
+
+def choose_and_rewrite(
+    funnel: Funnel, guard: LeakGuard, settings: FunnelSettings, models: CurationModels
+) -> list[dict]:
+    "The steps after the first leaks are out; the report of leaks that models have written."
+    drop_paraphrases(funnel, settings, models)
     choose_by_tags(funnel, settings, models)
     filter_by_models(funnel, settings, models)
     mix_languages(funnel, settings, models)
     rewrite_answers(funnel, settings, models)
     if any(row.get("changed_by") for row in funnel.rows):
-        leaks += remove_leaks(funnel, guard, "decontaminate_again", "texts that a model wrote")
-    return funnel, leaks
+        return remove_leaks(funnel, guard, "decontaminate_again", "texts that a model wrote")
+    return []
 
 # %% ../nbs/05h_curation.ipynb #5a1c70e5
 _FACTS = "id came_from changed_by source licence family domain tier mode lang answer tags".split()

@@ -2,14 +2,16 @@
 
 # %% auto #0
 __all__ = ['ROW_SCHEMA', 'OPTIONAL', 'DROPPED_SCHEMA', 'BANDS', 'SIGN_SCHEMA', 'COMPANY_SCHEMA', 'VERDICT_SCHEMA', 'EXECUTORS',
-           'row_of_record', 'ShardWriter', 'shard_path', 'read_shard', 'write_shard', 'Fate', 'Carried', 'document_of',
-           'refused_document', 'carried_by', 'RowBlock', 'ReadSource', 'ReadShard', 'JudgeRows', 'leak_step',
-           'dropped_record', 'WriteRows', 'stable_hash', 'marks_hash', 'SignRows', 'table_engine', 'files_table',
-           'Companies', 'find_companies', 'Located', 'fetch_rows', 'whole_companies', 'judge_companies',
-           'ApplyVerdicts', 'Machines', 'Step', 'QuietExecutor', 'executor_of', 'finished_tasks', 'progress_shown',
-           'run_steps', 'light_rows', 'choosing_steps', 'choose_rows', 'FunnelPlan', 'tag_step', 'CountTokens',
-           'funnel_steps', 'statistics_of', 'write_dropped_rows', 'check_sum', 'kept_files', 'rows_by_source',
-           'plain_number', 'language_table', 'summarise', 'asked_of', 'begin_run', 'sbatch_scripts', 'run_funnel']
+           'CLEANING_NOTES', 'row_of_record', 'ShardWriter', 'row_shard', 'read_shard', 'write_shard', 'Fate',
+           'Carried', 'document_of', 'refused_document', 'carried_by', 'RowBlock', 'ReadSource', 'ReadShard',
+           'JudgeRows', 'leak_step', 'dropped_record', 'WriteRows', 'stable_hash', 'marks_hash', 'SignRows',
+           'table_engine', 'files_table', 'Companies', 'find_companies', 'Located', 'fetch_rows', 'whole_companies',
+           'judge_companies', 'ApplyVerdicts', 'Machines', 'Step', 'QuietExecutor', 'executor_of', 'finished_tasks',
+           'progress_shown', 'run_pipeline', 'light_rows', 'choosing_steps', 'choose_rows', 'FunnelPlan', 'tag_step',
+           'CountTokens', 'duplicate_steps', 'funnel_steps', 'statistics_of', 'write_dropped_rows', 'check_sum',
+           'kept_files', 'rows_by_source', 'plain_number', 'language_table', 'summarise', 'asked_of', 'begin_run',
+           'sbatch_scripts', 'run_funnel', 'licence_step', 'coarse_step', 'cleaning_steps', 'without_dropped',
+           'cleaned_funnel', 'leak_report']
 
 # %% ../nbs/05i_funnel.ipynb #e6cc8330
 import contextlib
@@ -33,19 +35,23 @@ import pyarrow.parquet as pq
 from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
+from loguru import logger
 from more_itertools import chunked
 
 import tpro_nb
 from .core import UserError, read_json, sha256, write_json
 from tpro_nb.curation import (
+    Funnel,
     FunnelSettings,
     FunnelStep,
     as_outcome,
     balance_step,
+    check_licences,
     diverse_step,
+    drop_coarse,
     on_some,
 )
-from .decontamination import LeakGuard, decontaminate
+from .decontamination import LeakGuard, Protected, decontaminate
 from .duplicates import Meaning, exact_step, minhash_signature, near_dedup, row_identity
 from .rows import Met, Outcome, Row, RowFault, hash_order, is_open, row_text
 from .sources import SHAPES, NumberedRow, Piece, Reading, read_foreign, read_piece
@@ -116,7 +122,7 @@ class ShardWriter:
         self.hidden.replace(self.path)
 
 
-def shard_path(folder: Path | str, shard: int) -> Path:
+def row_shard(folder: Path | str, shard: int) -> Path:
     "The file of a shard."
     return Path(folder) / f"{shard:05}.parquet"
 
@@ -230,7 +236,7 @@ class ReadShard(PipelineStep):
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         "The shard's documents."
-        yield from map(document_of, read_shard(shard_path(self.folder, rank)))
+        yield from map(document_of, read_shard(row_shard(self.folder, rank)))
 
 # %% ../nbs/05i_funnel.ipynb #ae5ceb16
 class JudgeRows(RowBlock):
@@ -327,8 +333,8 @@ class WriteRows(PipelineStep):
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         "Nothing comes after it."
-        rows = ShardWriter(shard_path(f"{self.folder}/rows", rank), ROW_SCHEMA)
-        dropped = ShardWriter(shard_path(f"{self.folder}/dropped", rank), DROPPED_SCHEMA)
+        rows = ShardWriter(row_shard(f"{self.folder}/rows", rank), ROW_SCHEMA)
+        dropped = ShardWriter(row_shard(f"{self.folder}/dropped", rank), DROPPED_SCHEMA)
         count = Counter(read=0, kept=0)
         for document in data:
             count["read"] += 1
@@ -379,7 +385,7 @@ class SignRows(RowBlock):
     def run(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         "The stream unchanged; the signatures are in a file when it has ended."
         self.rank, self.place = rank, 0
-        self.writer = ShardWriter(shard_path(self.folder, rank), SIGN_SCHEMA)
+        self.writer = ShardWriter(row_shard(self.folder, rank), SIGN_SCHEMA)
         yield from super().run(data, rank, world_size)
         self.writer.close()
         del self.writer
@@ -412,7 +418,6 @@ def table_engine(work: Path | str, threads: int = 1) -> Any:
     engine.execute("SET memory_limit = '1GB'")
     engine.execute(f"SET threads = {threads}")
     engine.execute("SET temp_directory = ?", [str(spill)])
-    engine.execute("SET enable_progress_bar = false")
     return engine
 
 
@@ -485,7 +490,7 @@ def find_companies(
             [pa.array(column, type) for column, type in zip(columns, COMPANY_SCHEMA.types)],
             schema=COMPANY_SCHEMA,
         )
-        path = shard_path(f"{work}/companies", number)
+        path = row_shard(f"{work}/companies", number)
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, path)
     return ()
@@ -520,7 +525,7 @@ def fetch_rows(folder: str, members: pa.Table) -> list[Located]:
         mine = members.filter(pa.array(shards == shard))
         wanted = dict(zip(mine["place"].to_pylist(), mine["company"].to_pylist()))
         place = 0
-        for batch in pq.ParquetFile(shard_path(folder, shard)).iter_batches(500):
+        for batch in pq.ParquetFile(row_shard(folder, shard)).iter_batches(500):
             here = [at for at in range(len(batch)) if place + at in wanted]
             for at, record in zip(here, batch.take(pa.array(here, pa.int64())).to_pylist()):
                 row = row_of_record(record)
@@ -548,8 +553,8 @@ def judge_companies(
     "Task `rank`: the exact and the near duplicates among the rows of its companies."
     near = partial(near_dedup, threshold=threshold)
     steps: dict[str, FunnelStep] = dict(exact=exact_step, near=near)
-    writer = ShardWriter(shard_path(f"{work}/verdicts", rank), VERDICT_SCHEMA)
-    members = pq.read_table(shard_path(f"{work}/companies", rank))
+    writer = ShardWriter(row_shard(f"{work}/verdicts", rank), VERDICT_SCHEMA)
+    members = pq.read_table(row_shard(f"{work}/companies", rank))
     for batch in whole_companies(fetch_rows(rows, members)):
         left = batch
         for step, run in steps.items():
@@ -677,10 +682,13 @@ def progress_shown(steps: Sequence[Step], work: str) -> Iterator[None]:
         bar.close()
 
 
-def run_steps(steps: Sequence[Step], work: str, machines: Machines, progress: bool = False) -> None:
+def run_pipeline(
+    steps: Sequence[Step], work: str, machines: Machines, progress: bool = False
+) -> None:
     "All steps in order; returns when the last is done, or under Slurm when all are submitted."
     if machines.executor == "local":
         multiprocess.set_forkserver_preload(["tpro_nb.funnel"])  # imported once for all workers
+        logger.disable("datatrove.executor.local")
     last = None
     for step in steps:
         last = executor_of(step, work, machines, depends=last)
@@ -722,7 +730,7 @@ def choose_rows(
     "One task: which rows go for the sake of the whole set, as verdicts."
     steps = choosing_steps(settings)
     light = sorted(light_rows(work, rows), key=hash_order) if steps else []
-    writer = ShardWriter(shard_path(f"{work}/choice", 0), VERDICT_SCHEMA)
+    writer = ShardWriter(row_shard(f"{work}/choice", 0), VERDICT_SCHEMA)
     for step, run in steps.items():
         outcome = as_outcome(run(cast(list[Row], light)))
         stay = {id(row) for row in outcome.rows}
@@ -750,11 +758,6 @@ class FunnelPlan:
     @property
     def work(self) -> str:
         return f"{self.out}/work"
-
-    @property
-    def groups(self) -> int:
-        "Tasks that settle duplicates."
-        return max(1, min(64, len(self.pieces)))
 
 # %% ../nbs/05i_funnel.ipynb #82335ba6
 def tag_step() -> FunnelStep:
@@ -791,15 +794,20 @@ class CountTokens(RowBlock):
             for unit, count in row_count.items():
                 self.stat_update(f"{row['lang']} {unit}", value=count)
 
-# %% ../nbs/05i_funnel.ipynb #777b5400
+# %% ../nbs/05i_funnel.ipynb #2a3a8f56
+def duplicate_steps(work: str, shards: int, threshold: float) -> list[Step]:
+    "Who must meet, and then what they are to each other: in at most 64 tasks."
+    tasks = min(64, shards)
+    find = partial(find_companies, work=work, tasks=tasks)
+    judge = partial(judge_companies, work=work, rows=f"{work}/read/rows", threshold=threshold)
+    return [Step("companies", 1, [find]), Step("duplicates", tasks, [judge])]
+
+
 def funnel_steps(plan: FunnelPlan) -> list[Step]:
     "The whole run as steps for an executor."
     work, shards = plan.work, len(plan.pieces)
     read, clean, kept = f"{work}/read", f"{work}/clean", f"{work}/kept"
     tags = [JudgeRows("tags", tag_step)] if plan.settings.diverse_share < 1 else []
-    find = partial(find_companies, work=work, tasks=plan.groups)
-    threshold = plan.settings.jaccard
-    judge = partial(judge_companies, work=work, rows=f"{read}/rows", threshold=threshold)
     choose = partial(choose_rows, work=work, rows=f"{clean}/rows", settings=plan.settings)
     return [
         Step(
@@ -811,8 +819,7 @@ def funnel_steps(plan: FunnelPlan) -> list[Step]:
                 WriteRows(read),
             ],
         ),
-        Step("companies", 1, [find]),
-        Step("duplicates", plan.groups, [judge]),
+        *duplicate_steps(work, shards, plan.settings.jaccard),
         Step(
             "leaks",
             shards,
@@ -1008,7 +1015,113 @@ def run_funnel(plan: FunnelPlan, machines: Machines, progress: bool = False) -> 
     begin_run(plan)
     manifest = Path(plan.out) / "manifest.json"
     if not manifest.exists():
-        run_steps(funnel_steps(plan), plan.work, machines, progress)
+        run_pipeline(funnel_steps(plan), plan.work, machines, progress)
     if machines.executor == "local" and not manifest.exists():
         raise RuntimeError(f"the run ended without {manifest}; its logs: {plan.work}/logs")
     return read_json(manifest) if manifest.exists() else None
+
+# %% ../nbs/05i_funnel.ipynb #bc72d52c
+def licence_step(licences: list[str]) -> FunnelStep:
+    "`licence_gate` as a step."
+    return partial(check_licences, licences=licences)
+
+
+def coarse_step() -> FunnelStep:
+    "`drop_coarse` as a step."
+    return drop_coarse
+
+
+def cleaning_steps(work: str, shards: int, settings: FunnelSettings, protect: str) -> list[Step]:
+    "Licences, coarse words, duplicates and leaks over the shards in `raw/`."
+    read, clean = f"{work}/read", f"{work}/clean"
+    return [
+        Step(
+            "read",
+            shards,
+            [
+                ReadShard(f"{work}/raw"),
+                JudgeRows("licence", partial(licence_step, settings.licences)),
+                JudgeRows("coarse", coarse_step, "dictionary labels"),
+                SignRows(f"{work}/signs"),
+                WriteRows(read),
+            ],
+        ),
+        *duplicate_steps(work, shards, settings.jaccard),
+        Step(
+            "leaks",
+            shards,
+            [
+                ReadShard(f"{read}/rows"),
+                ApplyVerdicts(f"{work}/verdicts"),
+                JudgeRows("decontaminate", partial(leak_step, protect)),
+                WriteRows(clean),
+            ],
+        ),
+    ]
+
+
+CLEANING_NOTES = dict(  # step → its note in the book
+    licence="those that are allowed",
+    coarse="dictionary labels",
+    exact="signs, digits and keys kept",
+    near="Jaccard ≥ {jaccard}",
+    decontaminate="windows, then numbers, signs and names",
+)
+
+
+def without_dropped(rows: list[Row], dropped: Sequence[dict], step: str) -> Outcome:
+    "The rows that a step of a run over shards left, and what it saw of the others."
+    gone = Counter((line["id"], line["source"]) for line in dropped if line["step"] == step)
+    seen: dict[str, str] = {}
+    for line in dropped:
+        if line["step"] == step:
+            seen[line["id"]] = Met(line["reason"], line["met"])
+    left = []
+    for row in rows[::-1]:  # of two copies the later one
+        name = row["id"], row["source"]
+        if gone[name]:
+            gone[name] -= 1
+        else:
+            left.append(row)
+    return Outcome(left[::-1], seen)
+
+
+def cleaned_funnel(
+    rows: list[Row],
+    protected: list[Protected],
+    settings: FunnelSettings,
+    folder: Path | str,
+    machines: Machines,
+    shard_rows: int = 2_000,
+) -> tuple[Funnel, list[dict]]:
+    "05h's funnel after its first steps, run over shards in `folder`; and the report of leaks."
+    work = str(Path(folder).resolve())
+    shutil.rmtree(work, ignore_errors=True)
+    shards = list(chunked(rows, shard_rows))
+    for number, shard in enumerate(shards):
+        write_shard(row_shard(f"{work}/raw", number), shard)
+    protect = str(write_json(Path(work) / "protected.json", protected))
+    if shards:
+        run_pipeline(cleaning_steps(work, len(shards), settings, protect), work, machines)
+    dropped: list[dict] = []
+    for file in sorted(Path(work).glob("*/dropped/*.parquet")):
+        dropped += pq.read_table(file).to_pylist()
+    shutil.rmtree(work)
+
+    funnel = Funnel(rows)
+    for step, note in CLEANING_NOTES.items():
+        note = note.format(jaccard=settings.jaccard)
+        funnel.step(step, partial(without_dropped, dropped=dropped, step=step), note)
+    return funnel, leak_report(dropped, protected)
+
+
+def leak_report(dropped: Sequence[dict], protected: list[Protected]) -> list[dict]:
+    "What `decontaminate` reports, from the lines of the dropped rows."
+    sets = {item["id"]: item["set"] for item in protected}
+    report = []
+    for line in dropped:
+        if line["step"] == "decontaminate":
+            how = line["reason"].split(f" {line['met']} of ")[0]
+            leak = dict(id=line["id"], source=line["source"], leaked=line["met"])
+            report.append(leak | dict(set=sets[line["met"]], reason=f"{how} a protected text"))
+    return report
