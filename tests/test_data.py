@@ -10,7 +10,7 @@ import pytest
 from corpus_toys import problems_of_all
 
 from tpro_nb import data, rows, tags, tmath
-from tpro_nb.core import UserError, project_root, read_jsonl, toy
+from tpro_nb.core import UserError, project_root, read_jsonl, toy, write_jsonl
 
 
 def toy_sizes(**others) -> data.ShareSizes:
@@ -129,3 +129,64 @@ def test_rebuild_is_byte_identical_and_shares_are_disjoint(tmp_path):
     for name in shares:
         ids += [row["id"] for row in read_jsonl(tmp_path / "a" / "05j_data" / f"{name}.jsonl")]
     assert len(ids) == len(set(ids)) > 50
+
+
+def small_plan(**changed):
+    sizes = dict(
+        sft_per_family=10,
+        sft_general=20,
+        midtrain_chars=0,
+        midtrain_problems_share=0.0,
+        english_pct=10.0,
+        prompts=dict(rm_train=10, eagle=10),
+        open_share=0.5,
+    )
+    return data.ShareSizes(**(sizes | changed))
+
+
+@pytest.mark.parametrize(
+    "short,changed",
+    [
+        (set(), {}),
+        ({"general"}, dict(sft_general=80)),
+        ({"sums", "sums, direct", "sums, think"}, dict(sft_per_family=60)),
+        ({"general", "sums"}, dict(prompts=dict(rm_train=200))),
+        ({"general"}, dict(prompts=dict(rm_train=200), open_share=1.0)),
+    ],
+)
+def test_a_plan_that_cannot_be_dealt_is_refused_by_every_pool_it_lacks(short, changed):
+    counted = {"sums": 40, "sums, think": 20, "sums, direct": 20, "general": 100}
+    lines = data.supply(counted, ["sums"], small_plan(**changed), 0.72)
+    assert {line.pool for line in lines if line.wanted > line.at_most} == short
+    if not short:
+        data.check_supply(lines)
+        return
+    with pytest.raises(UserError) as told:
+        data.check_supply(lines)
+    assert all(pool in str(told.value) for pool in short)
+
+
+def test_what_is_wanted_is_what_dealing_takes():
+    "A corpus of exactly the rows wanted is dealt; one general row less is too few."
+    wanted = data.rows_wanted(["sums"], small_plan())
+    problems = rows.problem_rows(tmath.draw_problems("sums", 400))
+    half = -(-wanted["sums"] // 2)
+    own = [row for row in problems if row["mode"] == "think"][:half]
+    own += [row for row in problems if row["mode"] == "direct"][:half]
+    general = rows.english_rows(rows.stdlib_docs()[: wanted["general"]])
+    assert data.deal(own + general, ["sums"], small_plan())
+    with pytest.raises(UserError):
+        data.deal(own + general[1:], ["sums"], small_plan())
+    counted = data.count_pools(own + general, ["sums"])
+    data.check_supply(data.supply(counted, ["sums"], small_plan(), 1.0))
+
+
+def test_rows_are_drawn_from_the_whole_file(tmp_path):
+    path = write_jsonl(tmp_path / "raw.jsonl", [dict(n=n) for n in range(1000)])
+    drawn = [row["n"] for row in tmath.load_rows(str(path), 50, seed=0)]
+    assert drawn == sorted(set(drawn)) and len(drawn) == 50
+    assert drawn[-1] > 800 and drawn[0] < 200
+    assert drawn == [row["n"] for row in tmath.load_rows(str(path), 50, seed=0)]
+    assert drawn != [row["n"] for row in tmath.load_rows(str(path), 50, seed=1)]
+    assert [row["n"] for row in tmath.load_rows(str(path), 3)] == [0, 1, 2]
+    assert len(tmath.load_rows(str(path), 2000, seed=0)) == 1000

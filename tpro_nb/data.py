@@ -2,12 +2,13 @@
 
 # %% auto #0
 __all__ = ['take', 'take_mode', 'take_both_modes', 'Prompt', 'prompts_from', 'take_prompts', 'midtrain_rows', 'ShareSizes',
-           'deal']
+           'dev_rows', 'deal', 'Supply', 'rows_wanted', 'supply', 'check_supply', 'count_pools']
 
 # %% ../nbs/05j_data.ipynb #979d8ade
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 from more_itertools import partition
 
@@ -141,6 +142,11 @@ class ShareSizes:
     open_share: float = 0.1  # of the prompts for the reward model and DPO: no answer to check
 
 
+def dev_rows(training_rows: int) -> int:
+    "Development rows beside so many for training: a tenth, between 4 and 2,000."
+    return max(4, min(2000, training_rows // 10))
+
+
 def deal(rows: list[Row], families: list[str], sizes: ShareSizes) -> dict[str, list]:
     "Disjoint shares: sft_train, sft_dev, prompts, midtrain; UserError where rows are short."
     if not 0 <= sizes.open_share <= 1:
@@ -151,8 +157,8 @@ def deal(rows: list[Row], families: list[str], sizes: ShareSizes) -> dict[str, l
 
     sft_train = take_both_modes(pools, sizes.sft_per_family, "sft_train")
     sft_train += take(general, sizes.sft_general, "sft_train")
-    sft_dev = take_both_modes(pools, max(4, sizes.sft_per_family // 10), "sft_dev")
-    sft_dev += take(general, max(4, sizes.sft_general // 10), "sft_dev")
+    sft_dev = take_both_modes(pools, dev_rows(sizes.sft_per_family), "sft_dev")
+    sft_dev += take(general, dev_rows(sizes.sft_general), "sft_dev")
     prompts: list[Prompt] = []
     for split, n in sizes.prompts.items():
         open_share = 0.5 if split == "eagle" else sizes.open_share
@@ -169,3 +175,68 @@ def deal(rows: list[Row], families: list[str], sizes: ShareSizes) -> dict[str, l
         sft_train=sft_train, sft_dev=sft_dev, prompts=prompts, midtrain=midtrain
     )
     return {name: sorted(share, key=hash_order) for name, share in shares.items()}
+
+# %% ../nbs/05j_data.ipynb #5a90b102
+class Supply(NamedTuple):
+    "A pool that rows are taken from."
+
+    pool: str  # family and mode, family, or general
+    wanted: int  # rows
+    at_most: int  # rows that can be left of what was read
+
+
+def rows_wanted(families: list[str], sizes: ShareSizes) -> dict[str, int]:
+    "Rows that `deal` will take of each pool, midtraining apart: it takes what there is."
+    each_mode = sizes.sft_per_family // 2 + dev_rows(sizes.sft_per_family) // 2
+    per_family = 2 * each_mode
+    general = sizes.sft_general + dev_rows(sizes.sft_general)
+    for split, n in sizes.prompts.items():
+        open_share = 0.5 if split == "eagle" else sizes.open_share
+        n_open = int(n * open_share + 1e-9)
+        general += n_open
+        per_family += (n - n_open) // max(1, len(families))
+    wanted = {}
+    for family in families:
+        wanted[f"{family}, think"] = wanted[f"{family}, direct"] = each_mode
+        wanted[family] = per_family
+    return wanted | dict(general=general)
+
+
+def supply(
+    counted: Mapping[str, int],  # rows of each pool as read
+    families: list[str],
+    sizes: ShareSizes,
+    general_share: float,  # of the open rows that diversity and balance keep
+) -> list[Supply]:
+    "What is wanted of each pool beside what there can be."
+    lines = []
+    for pool, wanted in rows_wanted(families, sizes).items():
+        at_most = counted.get(pool, 0)
+        if pool == "general":
+            at_most = int(at_most * general_share) + counted.get("general, with a key", 0)
+        lines.append(Supply(pool, wanted, at_most))
+    return lines
+
+
+def check_supply(lines: list[Supply]) -> None:
+    "A `UserError` that names every pool which is asked for more than it can hold."
+    short = [line for line in lines if line.wanted > line.at_most]
+    if short:
+        told = [f"{line.pool}: {line.wanted:,} wanted, {line.at_most:,} at most" for line in short]
+        raise UserError(
+            f"05j_data asks for more rows than there can be ({'; '.join(told)})."
+            " Ask for fewer (sft_general, sft_per_family, prompts_*), or read more"
+            " (raw, raw_limit, entries, problems_per_family)"
+        )
+
+
+def count_pools(rows: Iterable[Row], families: list[str]) -> Counter[str]:
+    "Rows by the pools they can be taken from."
+    counted: Counter[str] = Counter()
+    for row in rows:
+        if row["family"] in families:
+            counted[row["family"]] += 1
+            counted[f"{row['family']}, {row['mode']}"] += 1
+        elif row["lang"] != "ru-en":
+            counted["general" if is_open(row) else "general, with a key"] += 1
+    return counted

@@ -2,26 +2,27 @@
 
 # %% auto #0
 __all__ = ['QWEN3', 'PROMPT', 'TRAINING_KINDS', 'OFFLOADING', 'ARGUMENTS_OF', 'BANDWIDTH', 'WRITES', 'SGLANG_SHARE',
-           'LONG_ANSWER', 'TRACKERS', 'OTHER_ROW', 'HOST_GB', 'MEAN_ANSWER', 'T_MATH', 'PROFILE_FILE', 'Qwen3Shape',
-           'qwen3_config', 'count_parameters', 'smollm2_config', 'nano_config', 'base_config', 'Widths', 'widths',
-           'CardLoad', 'CardMemory', 'adapter_parameters', 'training_memory', 'WritingMemory', 'writing_memory',
-           'AccelerateFile', 'fsdp_environment', 'accelerate_kind', 'accelerate_config', 'TrainingKind', 'Training',
-           'pairs_tokens', 'trained_tokens', 'trainings', 'common_arguments', 'adam_arguments', 'midtraining_arguments',
-           'sft_arguments', 'reward_arguments', 'preference_arguments', 'trl_configs', 'first_that_fits', 'remedies',
-           'Fit', 'plural', 'weigh_training', 'training_refused', 'Writes', 'writers', 'WeighedAnswers',
-           'weigh_writing', 'writing_refused', 'launch_line', 'draft_shape', 'serving_lines', 'serving_refused',
-           'with_cards', 'RowSplit', 'usable_split', 'row_splits', 'untracked', 'dealing', 'LongAnswers', 'host_memory',
-           'answers_asked', 'slow_writers', 'repeated_text', 'unsharded', 'late_checkpoints', 'without_flash_attention',
-           'Examination', 'read_accelerate_files', 'disagreeing', 'unknown_layers', 'missing_files', 'unusable_splits',
-           'build_trl', 'training_hours', 'training_disk', 'named_file', 'profile_accelerate', 'examine', 'aligned',
-           'files_text', 'fits_text', 'writings_text', 'splits_text', 'disk_text', 'conclusion_text',
-           'examination_text']
+           'LONG_ANSWER', 'TRACKERS', 'PUBLISHED_ROWS', 'HOST_GB', 'MEAN_ANSWER', 'T_MATH', 'PROFILE_FILE',
+           'Qwen3Shape', 'qwen3_config', 'count_parameters', 'smollm2_config', 'nano_config', 'base_config', 'Widths',
+           'widths', 'CardLoad', 'CardMemory', 'adapter_parameters', 'training_memory', 'WritingMemory',
+           'writing_memory', 'AccelerateFile', 'fsdp_environment', 'accelerate_kind', 'accelerate_config',
+           'TrainingKind', 'Training', 'pairs_tokens', 'trained_tokens', 'trainings', 'common_arguments',
+           'adam_arguments', 'midtraining_arguments', 'sft_arguments', 'reward_arguments', 'preference_arguments',
+           'trl_configs', 'first_that_fits', 'remedies', 'Fit', 'plural', 'weigh_training', 'training_refused',
+           'Writes', 'writers', 'WeighedAnswers', 'weigh_writing', 'writing_refused', 'launch_line', 'draft_shape',
+           'serving_lines', 'serving_refused', 'with_cards', 'RowSplit', 'usable_split', 'row_splits', 'untracked',
+           'rows_on_offer', 'general_on_offer', 'dealing', 'LongAnswers', 'host_memory', 'answers_asked',
+           'slow_writers', 'repeated_text', 'unsharded', 'late_checkpoints', 'without_flash_attention', 'Examination',
+           'read_accelerate_files', 'disagreeing', 'unknown_layers', 'missing_files', 'unusable_splits', 'build_trl',
+           'training_hours', 'training_disk', 'named_file', 'profile_accelerate', 'examine', 'aligned', 'files_text',
+           'fits_text', 'writings_text', 'splits_text', 'disk_text', 'conclusion_text', 'examination_text']
 
 # %% ../nbs/91_doctor.ipynb #b93a9397
 import dataclasses
 import json
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -32,6 +33,8 @@ from warnings import catch_warnings, simplefilter
 
 import torch
 import yaml
+from more_itertools import ilen
+from pyarrow.parquet import ParquetFile
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,7 +44,8 @@ from transformers import (
 )
 
 from .core import UserError, environment
-from .data import ShareSizes, deal
+from .curation import FunnelSettings
+from .data import ShareSizes, check_supply, count_pools, supply
 from .dpo import DPOSettings, dpo_args
 from tpro_nb.planner import (
     TRAINS,
@@ -53,7 +57,7 @@ from tpro_nb.planner import (
     plan_table,
     tokens_of,
 )
-from .rows import problem_rows
+from .rows import TOY_ENTRIES, problem_rows, stdlib_docs
 from .serving import SGLangLaunch, check_flags, sglang_arguments
 from .tmath import draw_problems
 from .training import trainer_args
@@ -873,45 +877,63 @@ def untracked(params: dict[str, Parameters]) -> list[str]:
     return problems
 
 # %% ../nbs/91_doctor.ipynb #2a3d29f9
-OTHER_ROW = dict(
-    id="any",
-    family="any",
-    mode="direct",
-    answer=None,
-    lang="ru",
-    domain="any",
-    tier="any",
-    messages=[dict(role="user", content="")],
-)
+# Rows of published sets, as their users count them.
+PUBLISHED_ROWS = {"t-tech/T-Wix": 499_600}
+
+
+def rows_on_offer(name: str) -> int | None:
+    "Rows of a raw set: of a file by counting, of a published set by the table; None: not known."
+    path = Path(name)
+    if path.suffix == ".parquet" and path.exists():
+        return ParquetFile(path).metadata.num_rows
+    if path.suffix == ".jsonl" and path.exists():
+        with open(path, "rb") as file:
+            return ilen(line for line in file if line.strip())
+    return PUBLISHED_ROWS.get(name)
+
+
+def general_on_offer(params: Parameters) -> int | None:
+    "General rows that 05 can read at most: four an entry, the documentation, the raw sets."
+    rows = 4 * (params["entries"] or len(TOY_ENTRIES)) + len(stdlib_docs())
+    for name in params["raw"]:
+        found = rows_on_offer(name)
+        if found is None:
+            return None
+        rows += min(found, params["raw_limit"] or found)
+    return rows
 
 
 def dealing(params: Parameters) -> list[str]:
-    """Problems that 05 would complain of when it deals its own problems.
+    """Problems that 05 would complain of when it deals its rows.
 
-    Had it all the other rows it wants.
+    Rows of a raw set that nobody here has counted are taken to be enough.
     """
     if not params:
         return []
-    shares = ("rm_train", "rm_test", "dpo", "eagle")
-    prompts = {share: params[f"prompts_{share}"] for share in shares}
-    wanted = 2 * params["sft_general"] + sum(prompts.values()) + 8
+    drawn = []
     try:
-        drawn = []
         for family in params["families"]:
             drawn += draw_problems(family, params["problems_per_family"], params["seed"])
-        rows: list[Any] = [*problem_rows(drawn), *[OTHER_ROW] * wanted]
-        sizes = ShareSizes(
-            sft_per_family=params["sft_per_family"],
-            sft_general=params["sft_general"],
-            midtrain_chars=0,
-            midtrain_problems_share=0.0,
-            english_pct=0.0,
-            prompts=prompts,
-            open_share=params["open_share"],
-        )
-        deal(rows, params["families"], sizes)
     except UserError as e:
         return [f"05j_data: {e}"]
+    shares = ("rm_train", "rm_test", "dpo", "eagle")
+    sizes = ShareSizes(
+        sft_per_family=params["sft_per_family"],
+        sft_general=params["sft_general"],
+        midtrain_chars=0,
+        midtrain_problems_share=0.0,
+        english_pct=0.0,
+        prompts={share: params[f"prompts_{share}"] for share in shares},
+        open_share=params["open_share"],
+    )
+    counted = count_pools(problem_rows(drawn), params["families"])
+    general = general_on_offer(params)
+    kept = params["diverse_share"] * FunnelSettings(licences=[]).balance_share
+    lines = supply(counted | Counter(general=general or 0), params["families"], sizes, kept)
+    try:
+        check_supply([line for line in lines if line.pool != "general" or general is not None])
+    except UserError as e:
+        return [str(e)]
     return []
 
 # %% ../nbs/91_doctor.ipynb #2a3d29fb

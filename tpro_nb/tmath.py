@@ -4,9 +4,9 @@
 __all__ = ['STEP_LETTERS', 'FAMILIES', 'CHANCE', 'WORDINGS', 'TMATH_FIELDS', 'TRIES', 'LONGEST_FIELD', 'TEXT_FIELDS', 'PROOF',
            'FIGURE', 'ALL_OF', 'REVIEW_COLUMNS', 'YES', 'NO', 'SPREADSHEET_MARK', 'Game', 'cups', 'chain', 'sums',
            'split_of', 'problem_row', 'draw_problems', 'Broken', 'read_line', 'read_lines', 'schema_error',
-           'read_parquet', 'load_rows', 'row_statement', 'protected_texts', 'load_tmath', 'answer_is_no_number',
-           'unfit', 'WordsAndNumbers', 'words_and_numbers', 'alike', 'without_repeats', 'pass_at', 'graded_samples',
-           'by_difficulty', 'write_review', 'read_review']
+           'read_parquet', 'some_of', 'load_rows', 'row_statement', 'protected_texts', 'load_tmath',
+           'answer_is_no_number', 'unfit', 'WordsAndNumbers', 'words_and_numbers', 'alike', 'without_repeats',
+           'pass_at', 'graded_samples', 'by_difficulty', 'write_review', 'read_review']
 
 # %% ../nbs/04b_tmath.ipynb #78704d5f
 import csv
@@ -17,7 +17,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -317,16 +317,32 @@ def read_parquet(path: Path, limit: int = 0) -> list[dict]:
     return rows[: limit or None]
 
 
+def some_of(
+    items: Sequence,
+    limit: int,  # 0: all
+    seed: int | None,  # None: the first ones
+) -> list:
+    "`limit` items in their order, the first or a random draw."
+    if not limit or limit >= len(items):
+        return list(items)
+    if seed is None:
+        return list(items[:limit])
+    drawn = random.Random(seed).sample(range(len(items)), limit)
+    return [items[place] for place in sorted(drawn)]
+
+
 def load_rows(
     path: str,  # hub id or a folder of the same layout, .parquet, .jsonl
     limit: int = 0,  # rows; 0: all
+    seed: int | None = None,  # of a random draw of `limit` rows, in file order; None: the first
 ) -> list:  # dicts, and a `Broken` for each line that is none
     "Rows of a data set by file, folder or hub id; UserError where there is none."
     place = Path(path)
+    first = limit if seed is None else 0
     if place.suffix == ".jsonl" and place.exists():
-        return read_lines(place, limit)
+        return some_of(read_lines(place, first), limit, seed)
     if place.suffix == ".parquet" and place.exists():
-        return read_parquet(place, limit)
+        return some_of(read_parquet(place, first), limit, seed)
     if place.suffix in (".jsonl", ".parquet") or (place.exists() and not place.is_dir()):
         raise UserError(
             f"{path}: no such .jsonl or .parquet file. "
@@ -336,9 +352,7 @@ def load_rows(
         from datasets import load_dataset
 
         rows = load_dataset(path, split="train")
-        if limit:
-            rows = rows.select(range(min(limit, len(rows))))
-        return rows.to_list()
+        return rows.select(some_of(range(len(rows)), limit, seed)).to_list()
     except Exception as error:
         raise UserError(
             f"cannot load {path} from the hub ({type(error).__name__}). "
