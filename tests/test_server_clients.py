@@ -389,6 +389,7 @@ def says(svc, monkeypatch, text, a_step=1):  # noqa: F811
             task.tell(TextStep(ids[start : min(start + a_step, task.max_new_tokens)], accepted=0))
 
     monkeypatch.setattr(svc.sched.dec, "write_text", write_text)
+    monkeypatch.setattr(svc.sched.places, "kept", 0)  # it has read nothing that could be kept
 
 
 def message_of(response):
@@ -820,6 +821,10 @@ def test_client_open_webui_bodies(svc, url):  # noqa: F811
     title = dict(model="toy", messages=[USER], stream=False, max_tokens=6, reasoning_effort="low")
     response = httpx.post(f"{url}/v1/chat/completions", json=title | panel, headers=headers)
     assert response.status_code == 200, response.text
+    # by default it offers tools of its own; the refusal, which its page shows, says
+    # which switch ends that
+    said = refusal(post(url, title | dict(tools=[TOOL])))
+    assert "Function Calling" in said
     photo = dict(type="image_url", image_url=dict(url="data:image/png;base64,AAAA"))
     with_photo = title | dict(messages=[dict(role="user", content=[photo])])
     assert "text parts" in refusal(httpx.post(f"{url}/v1/chat/completions", json=with_photo))
