@@ -79,6 +79,8 @@ NO_ANSWER = {  # what the server does for ever → the reason, the number of req
     "JSONDecodeError": (Said(body="[1, 2"), 3),
     "HTTP 400: слишком длинно": (Said(status=400, body='{"message": "слишком длинно"}'), 1),
     "HTTP 413": (Said(status=413), 1),
+    "HTTP 400: в потоке": (Said(body='{"error": {"message": "в потоке", "code": 400}}'), 1),
+    "HTTP 500: внутри": (Said(body='{"error": "внутри"}'), 3),
     'HTTP 422: [{"loc"': (Said(status=422, body='{"detail": [{"loc": 1}]}'), 1),
 }
 
@@ -217,6 +219,15 @@ def test_torn_lines_of_a_cache_are_dropped_and_asked_again(tmp_path):
     assert Kept(path).each("w", words, exclaim, block=2) == exclaimed
     assert Kept(path).each("other", ["а"], exclaim) == ["а!"]
     assert len(asked) == 4
+
+
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
+    kept = Kept(tmp_path / "k.jsonl")
+    kept.put("a", 1)
+    kept.path = tmp_path  # a folder cannot be appended to
+    with pytest.raises(UserError, match="cannot write.*run again"):
+        kept.put("b", 2)
+    assert Kept(tmp_path / "k.jsonl").got == dict(a=1)
 
 
 def test_what_could_not_be_had_is_not_kept(tmp_path):

@@ -702,6 +702,20 @@ def test_refused_and_missing_are_told_apart(tmp_path, capsys):
     assert "lower bounds" in printed
 
 
+def test_a_server_that_is_gone_for_good_leaves_a_score(tmp_path, capsys):
+    with Stub(lambda body, n: good(body, n) if n <= 4 else Said(status=401)) as fake:
+        args = ["--endpoint", fake.name, "--concurrency", "1"]
+        with pytest.raises(UserError, match="HTTP 401"):
+            math_command(tmp_path, "run", *args)
+        assert math_command(tmp_path, "run", *args, "--missing-is-wrong") == 0
+        assert "avg@1   0.67 [" in capsys.readouterr().out
+        with pytest.raises(UserError, match="holds another run"):
+            math_command(tmp_path, "run", *args, "--missing-is-wrong", "--seed", "5")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        math_command(tmp_path, "file", *args)
+
+
 BAD_ARGUMENTS = {
     "--k -1: give a number from 0": ["--k", "-1"],
     "--max-tokens 0": ["--max-tokens", "0"],

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['UNUSABLE_QUESTION', 'NOBODY_IS_SERVED', 'NOT_THERE', 'NONSENSE', 'MISSES_IN_SUCCESSION', 'WHY_REFUSED',
            'LONGEST_ANSWER', 'LONGEST_PAUSE', 'LONGEST_REQUESTED_PAUSE', 'MESSAGE_TEXTS', 'STREAMED', 'ENDINGS',
-           'Unanswered', 'RefusedQuestion', 'question_key', 'Kept', 'requested_pause', 'BadStatus', 'error_words',
-           'ChatInPieces', 'event_data', 'read_reply', 'GivenUp', 'Endpoint']
+           'Unanswered', 'RefusedQuestion', 'ServerGone', 'question_key', 'Kept', 'requested_pause', 'BadStatus',
+           'error_words', 'no_error_inside', 'ChatInPieces', 'event_data', 'read_reply', 'GivenUp', 'Endpoint']
 
 # %% ../nbs/00d_client.ipynb #66db3ee2
 import hashlib
@@ -36,6 +36,10 @@ class Unanswered(Exception):
 
 class RefusedQuestion(Unanswered):
     "A question that the server refuses as it is (HTTP 400 and its kin): it would do so again."
+
+
+class ServerGone(UserError):
+    "A server that answers nobody, now or at all; what it answered so far is kept."
 
 
 def question_key(who: str, item) -> str:
@@ -70,9 +74,15 @@ class Kept:
     def put(self, key: str, value) -> None:
         "Keep one answer, on disk first."
         line = json.dumps([key, value]) + "\n"
-        with self.lock, open(self.path, "ab") as file:
-            file.write(line.encode())
-            self.got[key] = value
+        try:
+            with self.lock, open(self.path, "ab") as file:
+                file.write(line.encode())
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}. What is in it stays; "
+                "free space, then run again."
+            ) from error
+        self.got[key] = value
 
     def each(
         self,
@@ -145,9 +155,8 @@ class BadStatus(Exception):
         self.pause_s = pause_s  # that the server asks for
 
 
-def error_words(raw: bytes) -> str:
+def error_words(text: str) -> str:
     "What an error's body says, in its first 300 characters."
-    text = raw.decode("utf-8", "replace")
     try:
         told = json.loads(text)
     except ValueError:
@@ -163,6 +172,14 @@ MESSAGE_TEXTS = ("content", "reasoning_content", "reasoning")  # what a message 
 STREAMED = dict(stream=True, stream_options=dict(include_usage=True))
 
 
+def no_error_inside(answer: dict) -> None:
+    "`BadStatus` if a server reports an error under a status that says success."
+    error = answer.get("error")
+    if error and not answer.get("choices"):
+        code = error.get("code") if isinstance(error, dict) else None
+        raise BadStatus(code if isinstance(code, int) else 500, error_words(json.dumps(answer)))
+
+
 @dataclass
 class ChatInPieces:
     "A chat completion as its events bring it."
@@ -173,10 +190,7 @@ class ChatInPieces:
 
     def add(self, event: dict) -> None:
         "Take one event in; `BadStatus` if it reports an error."
-        if error := event.get("error"):
-            code = error.get("code") if isinstance(error, dict) else None
-            words = error_words(json.dumps(event).encode())
-            raise BadStatus(code if isinstance(code, int) else 500, words)
+        no_error_inside(event)
         self.head |= {name: value for name, value in event.items() if value is not None}
         for choice in event.get("choices") or []:
             place = choice.get("index", 0)
@@ -253,8 +267,8 @@ class Endpoint:
     """An OpenAI-compatible endpoint, named `URL model`, whose answers are kept on disk.
 
     Chat answers are streamed. The key is read from OPENAI_API_KEY. UserError for a name that is
-    none, a server that serves nobody, and one that has not answered twenty questions in
-    succession."""
+    none; ServerGone for a server that serves nobody, and for one that has not answered twenty
+    questions in succession."""
 
     def __init__(
         self,
@@ -370,20 +384,23 @@ class Endpoint:
         with closing(self.http.send(asked, stream=True)) as response:
             if not response.is_success:
                 pause = requested_pause(response.headers.get("Retry-After", ""))
-                raise BadStatus(response.status_code, error_words(self._in_one(response)), pause)
+                said = self._in_one(response).decode("utf-8", "replace")
+                raise BadStatus(response.status_code, error_words(said), pause)
             if response.headers.get("Content-Type", "").startswith("text/event-stream"):
                 return self._in_pieces(response)
-            return json.loads(self._in_one(response))
+            answer = json.loads(self._in_one(response))
+            no_error_inside(answer)
+            return answer
 
     def _attempt(self, path: str, body: dict, read: Callable[[dict], Any]) -> Any:
-        "`read(answer)`, or an `Unanswered`; UserError where no question would be answered."
+        "`read(answer)`, or an `Unanswered`; ServerGone where no question would be answered."
         try:
             return read(self._once(path, body))
         except BadStatus as bad:
             if bad.status in UNUSABLE_QUESTION or (bad.status == 403 and self.answers):
                 return RefusedQuestion(str(bad))
             if bad.status in NOBODY_IS_SERVED or (bad.status in NOT_THERE and not self.answers):
-                raise UserError(
+                raise ServerGone(
                     f"{self.url}{path} answers {bad}. Check the address (most end in /v1), the "
                     "model and OPENAI_API_KEY. What was answered so far is kept."
                 ) from bad
@@ -421,7 +438,7 @@ class Endpoint:
             self.misses = 0  # whoever refuses is there
             self.refusals += 1
         if self.refusals >= MISSES_IN_SUCCESSION and not self.answers and not self.kept.got:
-            raise UserError(
+            raise ServerGone(
                 f"{self.url}{path} has refused the first twenty questions and answered none, so "
                 f"it is the request that it does not like: {refusal}. {WHY_REFUSED}."
             )
@@ -430,10 +447,15 @@ class Endpoint:
         with self.lock:
             self.misses += 1
         if self.misses >= MISSES_IN_SUCCESSION:
-            raise UserError(
+            raise ServerGone(
                 f"{self.url}{path}: twenty questions in succession without an answer, the last: "
                 f"{miss}. What was answered so far is kept; run again when it is back."
             )
+
+    def kept_answers(self, path: str, bodies: list[dict]) -> list:
+        "What `ask` has kept for each request; None where there is nothing."
+        who = json.dumps([self.model, path])
+        return [self.kept.got.get(question_key(who, body)) for body in bodies]
 
     def ask(
         self,
@@ -444,7 +466,7 @@ class Endpoint:
     ) -> list:
         "One value or `Unanswered` a request, in order; several at a time."
         who = json.dumps([self.model, path])
-        known = sum(question_key(who, body) in self.kept.got for body in bodies)
+        known = sum(answer is not None for answer in self.kept_answers(path, bodies))
         with tqdm(
             total=len(bodies),
             initial=known,

@@ -28,6 +28,7 @@ from tpro_nb.benchmark_files import (
     paper_figure,
 )
 from .benchmark_scores import RUN_VERDICTS, paired_against, rescore, submission
+from .client import ServerGone
 from .core import UserError, run_as_command, write_json, write_jsonl
 from .evaluation import model_digest
 from .harness import lm_eval_task, run_lm_eval
@@ -95,7 +96,8 @@ def network_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--missing-is-wrong",
         action="store_true",
-        help="score although some questions got no answer, and count these as not right",
+        help="score although some questions got no answer, and count these as not right; "
+        "also where the server is gone",
     )
 
 
@@ -391,6 +393,8 @@ def check_benchmark_arguments(args: argparse.Namespace) -> None:
         if value is not None and not smallest <= value < float("inf"):
             option = name.replace("workers", "concurrency").replace("_", "-")
             raise UserError(f"--{option} {value}: give a number from {smallest:g} on")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise UserError(f"{args.out} is a file; give a folder for the run")
     if args.endpoint and args.path:
         raise UserError("--endpoint and --path are two models; give one")
     if not (args.endpoint or args.path):
@@ -426,10 +430,15 @@ def public_benchmarks_command(argv: list[str] | None = None) -> int:
         switch=args.switch,
     )
     if args.endpoint:
-        asked = ask_endpoint(
-            benchmark, problems, out, args.endpoint, settings, model, **network_of(args)
-        )
-        print(asked_text(asked))
+        try:
+            asked = ask_endpoint(
+                benchmark, problems, out, args.endpoint, settings, model, **network_of(args)
+            )
+            print(asked_text(asked))
+        except ServerGone as error:
+            if not args.missing_is_wrong:
+                raise
+            print(f"WARNING: {error}")
     else:
         name = args.model or Path(args.path).name
         ask_folder(benchmark, problems, out, args.path, name, settings)
