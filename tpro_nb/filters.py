@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['ACTIONS', 'Filter', 'FILTERS', 'Reason', 'FilterSettings', 'with_texts', 'texts_of', 'filter_cases', 'case_row',
            'FilterScore', 'filter_score', 'known_share', 'looks_misread', 'reread', 'mended', 'mend_encoding',
-           'disarm_tokens', 'tell_language', 'Private', 'snils_is_valid', 'only_digits', 'phones_in', 'numbers_in',
+           'disarm_tokens', 'tell_language', 'Private', 'snils_is_valid', 'only_digits', 'phones_in', 'documents_in',
            'private_places', 'apart_places', 'masked', 'hide_places', 'hide_personal', 'secret_patterns',
            'is_placeholder', 'secrets_in', 'hide_secrets', 'refuses_itself', 'is_refusal', 'drop_refusal',
            'most_squeezed', 'drop_repetition', 'Filtered', 'is_on', 'filter_row', 'filters_benchmark']
@@ -263,7 +263,7 @@ def phones_in(text: str) -> Iterator[Private]:
             yield Private(match.start, match.end, "phone")
 
 
-def numbers_in(text: str) -> Iterator[Private]:
+def documents_in(text: str) -> Iterator[Private]:
     "Cards, SNILS, INN and passports, by form, check digits and the word before them."
     for found in _CARD.finditer(text):
         if luhn.is_valid(only_digits(found[0])) and found[0][0] in "23456":
@@ -289,7 +289,7 @@ def private_places(text: str) -> list[Private]:
     if "@" not in text and not re.search(r"\d", text):
         return []
     found = [Private(*email.span(), "email") for email in _EMAIL.finditer(text)]
-    found += [*numbers_in(text), *phones_in(text)]
+    found += [*documents_in(text), *phones_in(text)]
     return apart_places(found)
 
 
