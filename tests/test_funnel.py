@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from datatrove.executor import slurm
 
-from tpro_nb import curate, decontamination, duplicates, funnel, rows, sources, tags
+from tpro_nb import curate, decontamination, duplicates, filters, funnel, rows, sources, tags
 from tpro_nb.core import UserError
 from tpro_nb.curation import FunnelSettings
 
@@ -102,9 +102,11 @@ def test_shards_decide_as_the_steps_in_memory_do(once):
     read = []
     for line, raw in enumerate(dump(), start=1):
         try:
-            read.append(sources.read_foreign(raw, once.inputs[0], line, sources.Reading())[0])
+            row, _ = sources.read_foreign(raw, once.inputs[0], line, sources.Reading())
         except rows.RowFault:
             continue
+        filtered = filters.filter_row(row, filters.FilterSettings())
+        read += [filtered.row] if filtered.row else []
     left = duplicates.near_dedup(duplicates.exact_step(read).rows, 0.7).rows
     guard = decontamination.LeakGuard(curate.read_protected(once.protect))
     left, _ = decontamination.decontaminate(left, guard)
