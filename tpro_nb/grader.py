@@ -11,14 +11,14 @@ __all__ = ['Member', 'Form', 'BOX', 'MOST_CLAIMS', 'LATIN_UNITS', 'DRESSING', 'L
            'FRAC_OF_LETTER', 'READERS', 'LONGEST_WRITTEN', 'LONGEST_CLEANED', 'UNFINISHED', 'NUMERALS', 'TEENS', 'TENS',
            'ENGLISH_NUMERALS', 'INTRODUCED', 'BOUNDS', 'ABOUT_LETTERS', 'BECAUSE', 'REMARK', 'HARMLESS_REMARK',
            'SYSTEM', 'LABEL', 'LEADING_IN', 'NOT_MINE', 'SENTENCE_END', 'TERM_BEFORE', 'HEDGES', 'HEDGED_BEFORE',
-           'CONTINUATIONS', 'GOES_ON', 'TERM_AFTER', 'UNIT_AFTER', 'CLAUSE_END', 'DENIED_BEFORE', 'DENIAL',
-           'OTHER_AMOUNT', 'ABOUT_ANSWER', 'OTHERS_DENIED', 'WHERE_ATTAINED', 'MODULUS', 'COURTESY', 'HENCE',
+           'CONTINUATIONS', 'GOES_ON', 'TERM_AFTER', 'UNIT_AFTER', 'CLAUSE_END', 'DENIED_BEFORE', 'UNSURE_BEFORE',
+           'DENIAL', 'OTHER_AMOUNT', 'ABOUT_ANSWER', 'OTHERS_DENIED', 'WHERE_ATTAINED', 'MODULUS', 'COURTESY', 'HENCE',
            'CONFIRMED', 'CHECKED', 'RESTATED', 'EXPLAINED', 'ANY_NUMBER', 'LONGEST_ENDING', 'LONGEST_SENTENCE',
            'EQUATION', 'POWER', 'IT_HOLDS', 'RETRACTION', 'BOTH', 'ANSWER_CONDITION', 'AGREEING_DIGITS',
-           'common_worker', 'CompareExpressions', 'VERDICT_OF', 'NAMED', 'MOST_SIDES', 'NOTATIONS', 'CHOICE_LETTERS',
-           'LATIN_LOOKS', 'OPTION_WORD', 'FIRST_LETTER', 'LONE_LETTER', 'ANSWER_KINDS', 'Accepts', 'OTHER_GRADERS',
-           'after_think', 'has_trace', 'Infinity', 'Expression', 'Span', 'Quantity', 'Measured', 'SpanUnion',
-           'MemberSet', 'NamedValues', 'Family', 'NoSolution', 'Words', 'Matrix', 'BaseNumber', 'Ratio',
+           'common_worker', 'CompareExpressions', 'VERDICT_OF', 'CHOICE_WORD', 'NAMED', 'MOST_SIDES', 'NOTATIONS',
+           'CHOICE_LETTERS', 'LATIN_LOOKS', 'OPTION_WORD', 'FIRST_LETTER', 'LONE_LETTER', 'ANSWER_KINDS', 'Accepts',
+           'OTHER_GRADERS', 'after_think', 'has_trace', 'Infinity', 'Expression', 'Span', 'Quantity', 'Measured',
+           'SpanUnion', 'MemberSet', 'NamedValues', 'Family', 'NoSolution', 'Words', 'Matrix', 'BaseNumber', 'Ratio',
            'LinearEquation', 'Box', 'brace_step', 'closing_brace', 'boxes', 'unboxed', 'clean', 'inside_brackets',
            'plain_commas', 'with_slash', 'decimal_value', 'number', 'Measure', 'derived_measure', 'unit_measure',
            'quantity', 'cut_unit', 'latin_letters', 'translated', 'in_radians', 'bracket_depths', 'harmless',
@@ -381,7 +381,8 @@ def clean(text: str) -> str:
     for pattern, plain in DRESSING:
         text = re.sub(pattern, plain, text)
     text = re.sub(r"\s+", " ", text).strip().rstrip(".").strip()
-    text = re.sub(r"(?<=[а-яёa-z]) ?\^ ?\{?([23])\}?$", r"^\1", text)
+    text = re.sub(r"(?<=[а-яёa-z]) ?\^ ?(?:\{([23])\}|([23]))$", r"^\1\2", text)
+    text = re.sub(r"^[«„“\"`]+([^«»„“”\"`]*)[»“”\"`]+$", r"\1", text)
     return re.sub(r"^(?:ответ|answer)\s*:\s*", "", text, flags=re.IGNORECASE)
 
 # %% ../nbs/04a_grader.ipynb #f92f0518
@@ -792,6 +793,8 @@ LETTER_NOT_WORD = re.compile(  # a Cyrillic х, п or к that stands where a var
 UNKNOWN_BEFORE = re.compile(
     r"^(?:[a-zA-Zа-яА-Я](?:_?\{?\d(?:[,;] ?\d)*\}?)?|[A-Z]{2,4}|\|[A-Z]{2}\|"
     r"|[a-zA-Z]_(?:\{[a-zA-Z\d]{1,6}\}|[a-zA-Z]{1,6})|[a-zA-Z]\([\w+-]{1,8}\)"
+    r"|(?:\\angle ?|∠ ?)[A-Z]{1,3}|\\(?:alpha|beta|gamma|theta|phi|varphi|lambda|omega)"
+    r"|[A-Za-z]\([A-Za-z]{1,3}\)|\\(?:overline|vec)\{[A-Za-z]{1,2}\}"
     r"|\([a-z] ?[;,] ?[a-z](?: ?[;,] ?[a-z])?\))\s*[=∈]\s*(?=\S)"
 )
 FUNCTION_NAME = r"\\?(?:arc|sin|cos|c?tg|tan|cot|ln|lg|log|exp|lim|max|min|sqrt|mod)"
@@ -968,6 +971,8 @@ def member_set(parts: list[str]) -> MemberSet | NamedValues | None:
     "A set of what the parts say; different letters before them are kept. None in any doubt."
     parts, unit = shared_unit(both_signs(parts))
     letters = [letter_before(part) for part in parts]
+    if not any(letters[1:]):
+        letters = [""] * len(parts)  # «x = -2, 1»
     values = [set_member(part) for part in parts]
     known = [value for value in values if value is not None]
     if len(known) < len(values) or Infinity.PLUS in known or Infinity.MINUS in known:
@@ -1123,8 +1128,10 @@ def read_measured(answer: Cleaned) -> Form | None:
     "«36π см²», `\\frac{\\sqrt{3}}{2}` см: a unit behind an expression without letters."
     cut = cut_unit(answer.bare)
     value = expression(cut[0]) if cut else None
-    if cut is None or value is None or has_letters(value.latex):
+    if cut is None or value is None:
         return None
+    if has_letters(value.latex) and not re.search(r" [а-яё]{5,}$", answer.bare):
+        return None  # in 2x cm, is m a letter?
     if re.search(r"\\(?:sin|cos|tan|cot)", value.latex):
         return None  # the degrees are the function's
     return Measured(value, *cut[1])
@@ -1332,7 +1339,8 @@ REMARK = re.compile(
 )
 HARMLESS_REMARK = re.compile(
     r"(?i)(?:это|т\. ?е\.|то есть)? ?(?:наи(?:больш|меньш)|максимальн|минимальн|иском|единственн)"
-    r"[а-яё]+(?: (?:так(?:ое|ая|ой)|возможн[а-яё]+|значени[ея]|числ[оа]|корень|количество))*"
+    r"[а-яё]+(?: (?:так(?:ое|ая|ой)|возможн[а-яё]+|значени[ея]|числ[оа]|корень|количество"
+    r"|решение|ответ))*"
     r"|при \$?[a-z]\$? ?= ?\$?-?\d+(?:[.,/]\d+)?\$?"
 )
 
@@ -1444,13 +1452,19 @@ LABEL = re.compile(
 LEADING_IN = re.compile(
     r"(?i)(?:(?:the|our|my|final|correct|и|итак|наш|мой|итоговый|окончательный|правильный)[ \t]+)+$"
 )
-NOT_MINE = re.compile(r"(?i)(?:не|ошибочн|ложн)[а-яё]*\s+$")  # «неверный ответ: 5»
+NOT_MINE = re.compile(  # «неверный ответ: 5», «возможный ответ: 5»
+    r"(?i)(?:(?:не|ошибочн|ложн|возможн|вероятн|предположительн|примерн|приблизительн|промежуточн"
+    r"|частичн)[а-яё]*|(?:наверное|видимо),|possible|probable|likely|approximate|partial|wrong"
+    r"|incorrect|intermediate|perhaps the|maybe the)\s+$"
+)
 SENTENCE_END = re.compile(r"(?<=\S)[.!](?:\s+(?=[А-ЯЁA-Z])|\s*$)")
 
 
 def without_markdown(text: str) -> str:
     "A text without bold, headings and quotes; `2**3` is a power and stays."
     text = text.replace("\r\n", "\n").replace("</answer>", "\n")
+    text = re.sub("[✅✔✓☑🎉👍🏆📝📌🎯\ufe0f]", "", text)
+    text = re.sub(r"(?<!\w)__(?=[^_\n]{1,80}__)|(?<=[\w:.!?])__(?!\w)", "", text)
     text = re.sub(r"<answer>\s*", "\nAnswer: ", text)
     text = re.sub(r"(?<![\w)}])\*\*|\*\*(?![\w(\\])", "", text)
     return re.sub(r"(?m)^[ \t]*(?:#{1,6}|>)[ \t]+", "", text)
@@ -1497,6 +1511,8 @@ def labelled_claims(text: str, boxed: list[Box]) -> list[AnswerClaim] | None:
             continue  # the box says it
         sentence = SENTENCE_END.search(text, start, end)
         said = text[start : sentence.start() if sentence else end]
+        if re.search(r"\d[$*]*$", said) and text[start + len(said) :][:1] == "!":
+            said += "!"  # a factorial, or joy
         claims.append(AnswerClaim(label.start(), start + len(said), said.strip(" *")))
     return claims
 
@@ -1528,6 +1544,8 @@ HEDGES = any_of(
     r"\d\$?\s*(?:[;,]|и|или|либо)\s*\$?[a-z]_\{?\d\}?\s*=",
     r"(?<![а-яё])[Нн]е(?:\s+(?:мо[жг][а-яё]+|быть|рав[а-яё]+|явля[а-яё]+|больше|меньше"
     r"|прев[а-яё]+|подход[а-яё]+|год[а-яё]+|верн[а-яё]+)){1,2}",
+    r"(?<![a-z])(?i:approximately|about|around|roughly|nearly|almost|at least|at most"
+    r"|(?:more|less|greater|fewer) than)",
     r"(?<![а-яё])(?i:не|около|примерно|приблизительно|почти|до|от|больше|меньше|более|менее"
     r"|минимум|максимум)(?:\s+чем)?",
 )
@@ -1563,6 +1581,13 @@ DENIED_BEFORE = re.compile(
 )
 
 
+UNSURE_BEFORE = re.compile(
+    r"(?i)(?<!\w)(?:наверное|возможно|вероятно|видимо|может быть|похоже|кажется|предположительно"
+    r"|допустим|предположим|perhaps|maybe|probably|possibly|presumably|(?:might|could|may) be)"
+    r"[,:]?\s+(?:(?:что|это|ответ|равно|будет|that|it|the|answer|is)[\s:]+){0,4}[$*\s]*$"
+)
+
+
 def clause_before(text: str, place: int) -> str:
     "What stands before a place since the last comma, colon or «и»."
     return CLAUSE_END.split(text[max(0, place - 100) : place])[-1]
@@ -1574,6 +1599,7 @@ def stands_alone(text: str, box: Box) -> bool:
     return not (
         TERM_BEFORE.search(before)
         or DENIED_BEFORE.search(clause_before(text, box.start))
+        or UNSURE_BEFORE.search(before)
         or HEDGED_BEFORE.search(before)
         or TERM_AFTER.match(after)
         or GOES_ON.match(after)
@@ -1621,7 +1647,8 @@ OTHERS_DENIED = re.compile(
 WHERE_ATTAINED = re.compile(r"(?:достига\w*|attained) (?:при|at|when) [^.;\n]*=[^.;\n]*")
 MODULUS = re.compile(r"^\s*\(?\\?p?mod\s*\{?\d+\}?\)?")  # n ≡ \boxed{5} \pmod{7}
 COURTESY = re.compile(
-    r"(?:Надеюсь|Если (?:\w+[ ,]+){0,5}вопрос|Если (?:что-то|что-нибудь)|Обращай|Удачи|Буду рад|Рад"
+    r"(?:Если (?:нужно|надо|хотите|хочешь|интересно)[^\d]*(?:могу|пиш|обращ|расскаж|поясн|подробн)"
+    r"|Надеюсь|Если (?:\w+[ ,]+){0,5}вопрос|Если (?:что-то|что-нибудь)|Обращай|Удачи|Буду рад|Рад"
     r"|Спасибо|I hope|Let me know|Feel free|If you have)[^\d]*"
 )
 HENCE = r"(?:таким образом|итак|следовательно|значит|поэтому|thus|so|hence|therefore)"
@@ -1629,7 +1656,7 @@ CONFIRMED = re.compile(
     rf"(?i)(?:{HENCE},? )?(?:это и есть |искомый |the )?(?:final )?(?:ответ|answer)"
     r"(?: (?:задачи|верен|верный|проверен|сош[её]лся|равен|is|correct))*[ :—–-]*\$?[\d.,]*\$?"
     r"|провере\w+|вс[её]|(?:вс[её] )?(?:верно|сходится)|correct|готово"
-    r"|решено|задача решена(?: верно)?"
+    rf"|(?:{HENCE},? )?(?:решено|задача решена(?: верно)?)"
     r"|решение (?:верно|завершено)"
     r"|(?:(?:что|это) и )?требовалось \w+|ч\. ?т\. ?д|done|q\.?e\.?d|this completes the \w+"
 )
@@ -2221,9 +2248,12 @@ def without_spaces(text: str) -> str:
     return re.sub(r"(?<![\w,]) | (?!\w)|(?<=[^\d],) |(?<=,) (?!\d)", "", clean(text))
 
 
+CHOICE_WORD = re.compile(r"(?i)^(?:вариант|буква|option|choice) (?=\S+$)")
+
+
 def one_letter(text: str) -> str:
     "The letter of a choice, «Б)», `\\text{(C)}`; a capital, look-alikes as Latin ones; else empty."
-    letter = re.fullmatch(r"\(?([A-ZА-Яа-яё])[).]?|\(?([a-z])\)", clean(text))
+    letter = re.fullmatch(r"\(?([A-ZА-Яа-яё])[).]?|\(?([a-z])\)", CHOICE_WORD.sub("", clean(text)))
     return (letter[1] or letter[2]).upper().translate(LOOK_ALIKES) if letter else ""
 
 
@@ -2299,6 +2329,8 @@ def compare(
     worker = worker or common_worker
     gold = str(gold)
     if len(answer) > LONGEST_WRITTEN:
+        return "unparsed"
+    if answer.endswith("!") and compare(answer[:-1], gold, worker, language) == "correct":
         return "unparsed"
     if len(answer) <= LONGEST_CLEANED and tight(answer) == tight(gold) != "":
         return "correct"
