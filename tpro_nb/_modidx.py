@@ -1712,6 +1712,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'tpro_nb.grader.same_claim': ('grader.html#same_claim', 'tpro_nb/grader.py'),
                                 'tpro_nb.grader.same_text': ('grader.html#same_text', 'tpro_nb/grader.py'),
                                 'tpro_nb.grader.same_value': ('grader.html#same_value', 'tpro_nb/grader.py'),
+                                'tpro_nb.grader.same_word': ('grader.html#same_word', 'tpro_nb/grader.py'),
                                 'tpro_nb.grader.score_grader': ('grader.html#score_grader', 'tpro_nb/grader.py'),
                                 'tpro_nb.grader.serve_comparisons': ('grader.html#serve_comparisons', 'tpro_nb/grader.py'),
                                 'tpro_nb.grader.set_member': ('grader.html#set_member', 'tpro_nb/grader.py'),

@@ -10,38 +10,38 @@ __all__ = ['Member', 'Form', 'BOX', 'MOST_CLAIMS', 'LATIN_UNITS', 'DRESSING', 'L
            'ONE_SIDED', 'MIRRORED', 'WHOLE_LINE', 'YES_OR_NO', 'BUT', 'WINNER', 'MATRIX', 'ARRAY', 'TERM',
            'FRAC_OF_LETTER', 'READERS', 'LONGEST_WRITTEN', 'LONGEST_CLEANED', 'UNFINISHED', 'NUMERALS', 'TEENS', 'TENS',
            'ENGLISH_NUMERALS', 'INTRODUCED', 'BOUNDS', 'ABOUT_LETTERS', 'BECAUSE', 'REMARK', 'HARMLESS_REMARK',
-           'SYSTEM', 'LABEL', 'LEADING_IN', 'NOT_MINE', 'SENTENCE_END', 'TERM_BEFORE', 'HEDGES', 'HEDGED_BEFORE',
-           'CONTINUATIONS', 'GOES_ON', 'TERM_AFTER', 'UNIT_AFTER', 'CLAUSE_END', 'DENIED_BEFORE', 'UNSURE_BEFORE',
-           'DENIAL', 'OTHER_AMOUNT', 'ABOUT_ANSWER', 'OTHERS_DENIED', 'WHERE_ATTAINED', 'MODULUS', 'COURTESY', 'HENCE',
-           'CONFIRMED', 'CHECKED', 'RESTATED', 'EXPLAINED', 'ANY_NUMBER', 'LONGEST_ENDING', 'LONGEST_SENTENCE',
-           'EQUATION', 'POWER', 'IT_HOLDS', 'RETRACTION', 'BOTH', 'ANSWER_CONDITION', 'AGREEING_DIGITS',
-           'common_worker', 'CompareExpressions', 'VERDICT_OF', 'CHOICE_WORD', 'NAMED', 'MOST_SIDES', 'NOTATIONS',
-           'CHOICE_LETTERS', 'LATIN_LOOKS', 'OPTION_WORD', 'FIRST_LETTER', 'LONE_LETTER', 'ANSWER_KINDS', 'Accepts',
-           'OTHER_GRADERS', 'after_think', 'has_trace', 'Infinity', 'Expression', 'Span', 'Quantity', 'Measured',
-           'SpanUnion', 'MemberSet', 'NamedValues', 'Family', 'NoSolution', 'Words', 'Matrix', 'BaseNumber', 'Ratio',
-           'LinearEquation', 'Box', 'brace_step', 'closing_brace', 'boxes', 'unboxed', 'clean', 'inside_brackets',
-           'plain_commas', 'with_slash', 'decimal_value', 'number', 'Measure', 'derived_measure', 'unit_measure',
-           'quantity', 'cut_unit', 'latin_letters', 'translated', 'in_radians', 'bracket_depths', 'harmless',
-           'expression', 'split_outside', 'items', 'bracketed', 'set_member', 'Unreadable', 'Cleaned', 'spellings_of',
-           'read_no_solution', 'read_family', 'read_quantity', 'inequality', 'on_the_line', 'by_beginning', 'touch',
-           'union', 'read_inequality', 'letter_before', 'shared_unit', 'both_signs', 'member_set', 'in_braces',
-           'read_set', 'intervals', 'read_union', 'read_whole_line', 'read_span', 'read_two_roots', 'read_plus_minus',
-           'read_list', 'read_yes_or_no', 'read_words', 'read_expression', 'read_measured', 'read_base_number',
-           'read_ratio', 'read_from_to', 'matrix_entry', 'read_matrix', 'linear_terms', 'linear_equation', 'numeral',
-           'without_remark', 'without_words', 'in_one_line', 'parse', 'AnswerClaim', 'without_markdown', 'line_at',
-           'leading_in', 'labelled_claims', 'claims_in', 'any_of', 'clause_before', 'stands_alone', 'with_unit',
-           'whole_words', 'numbers_in', 'as_arithmetic', 'checks_out', 'holds', 'denies', 'harmless_sentence',
-           'contradicted', 'same_claim', 'under_condition', 'value_before_box', 'said_in_box', 'behind', 'bare_answer',
-           'final_answer', 'exact_decimals', 'misread', 'group_at', 'restrictions', 'has_letters', 'restricted_factors',
-           'compare_expressions', 'serve_comparisons', 'Worker', 'as_latex', 'compare_members', 'compare_spans',
-           'match_members', 'compare_quantities', 'english_thousands', 'forgotten_family', 'compare_values',
-           'compare_measured', 'compare_sets', 'by_numbers', 'tight', 'without_spaces', 'one_letter', 'compare_ratios',
-           'compare_matrices', 'compare_words', 'with_colon', 'chain_of_equals', 'compare', 'compare_kinds', 'grade',
-           'KeyedReply', 'chosen_letter', 'grade_letter', 'last_words', 'grade_text', 'AnswerKind', 'grade_value',
-           'said_value', 'same_value', 'said_letter', 'said_words', 'same_text', 'grade_many', 'grader_cases',
-           'read_cases', 'grade_cases', 'GraderScore', 'accepted_by_math_verify', 'accepted_by_hendrycks',
-           'accepted_by_minerva', 'installed_graders', 'score_grader', 'who_is_right', 'compare_graders',
-           'compare_command']
+           'SYSTEM', 'LABEL', 'LEADING_IN', 'ANSWER_IS_SO', 'NOT_MINE', 'SENTENCE_END', 'TERM_BEFORE', 'HEDGES',
+           'HEDGED_BEFORE', 'CONTINUATIONS', 'GOES_ON', 'TERM_AFTER', 'UNIT_AFTER', 'CLAUSE_END', 'DENIED_BEFORE',
+           'UNSURE_BEFORE', 'DENIAL', 'OTHER_AMOUNT', 'ABOUT_ANSWER', 'OTHERS_DENIED', 'WHERE_ATTAINED', 'MODULUS',
+           'COURTESY', 'HENCE', 'CONFIRMED', 'CHECKED', 'RESTATED', 'EXPLAINED', 'ANY_NUMBER', 'LONGEST_ENDING',
+           'LONGEST_SENTENCE', 'EQUATION', 'POWER', 'IT_HOLDS', 'RETRACTION', 'BOTH', 'ANSWER_CONDITION',
+           'AGREEING_DIGITS', 'common_worker', 'CompareExpressions', 'VERDICT_OF', 'CHOICE_WORD', 'NAMED', 'MOST_SIDES',
+           'NOTATIONS', 'CHOICE_LETTERS', 'LATIN_LOOKS', 'OPTION_WORD', 'FIRST_LETTER', 'LONE_LETTER', 'ANSWER_KINDS',
+           'Accepts', 'OTHER_GRADERS', 'after_think', 'has_trace', 'Infinity', 'Expression', 'Span', 'Quantity',
+           'Measured', 'SpanUnion', 'MemberSet', 'NamedValues', 'Family', 'NoSolution', 'Words', 'Matrix', 'BaseNumber',
+           'Ratio', 'LinearEquation', 'Box', 'brace_step', 'closing_brace', 'boxes', 'unboxed', 'clean',
+           'inside_brackets', 'plain_commas', 'with_slash', 'decimal_value', 'number', 'Measure', 'derived_measure',
+           'unit_measure', 'quantity', 'cut_unit', 'latin_letters', 'translated', 'in_radians', 'bracket_depths',
+           'harmless', 'expression', 'split_outside', 'items', 'bracketed', 'set_member', 'Unreadable', 'Cleaned',
+           'spellings_of', 'read_no_solution', 'read_family', 'read_quantity', 'inequality', 'on_the_line',
+           'by_beginning', 'touch', 'union', 'read_inequality', 'letter_before', 'shared_unit', 'both_signs',
+           'member_set', 'in_braces', 'read_set', 'intervals', 'read_union', 'read_whole_line', 'read_span',
+           'read_two_roots', 'read_plus_minus', 'read_list', 'read_yes_or_no', 'read_words', 'read_expression',
+           'read_measured', 'read_base_number', 'read_ratio', 'read_from_to', 'matrix_entry', 'read_matrix',
+           'linear_terms', 'linear_equation', 'numeral', 'without_remark', 'without_words', 'in_one_line', 'parse',
+           'AnswerClaim', 'without_markdown', 'line_at', 'leading_in', 'labelled_claims', 'claims_in', 'any_of',
+           'clause_before', 'stands_alone', 'with_unit', 'whole_words', 'numbers_in', 'as_arithmetic', 'checks_out',
+           'holds', 'denies', 'harmless_sentence', 'contradicted', 'same_claim', 'under_condition', 'value_before_box',
+           'said_in_box', 'behind', 'bare_answer', 'final_answer', 'exact_decimals', 'misread', 'group_at',
+           'restrictions', 'has_letters', 'restricted_factors', 'compare_expressions', 'serve_comparisons', 'Worker',
+           'as_latex', 'compare_members', 'compare_spans', 'match_members', 'compare_quantities', 'english_thousands',
+           'forgotten_family', 'compare_values', 'compare_measured', 'compare_sets', 'by_numbers', 'tight',
+           'without_spaces', 'same_word', 'one_letter', 'compare_ratios', 'compare_matrices', 'compare_words',
+           'with_colon', 'chain_of_equals', 'compare', 'compare_kinds', 'grade', 'KeyedReply', 'chosen_letter',
+           'grade_letter', 'last_words', 'grade_text', 'AnswerKind', 'grade_value', 'said_value', 'same_value',
+           'said_letter', 'said_words', 'same_text', 'grade_many', 'grader_cases', 'read_cases', 'grade_cases',
+           'GraderScore', 'accepted_by_math_verify', 'accepted_by_hendrycks', 'accepted_by_minerva',
+           'installed_graders', 'score_grader', 'who_is_right', 'compare_graders', 'compare_command']
 
 # %% ../nbs/04a_grader.ipynb #a4b83186
 import csv
@@ -586,6 +586,7 @@ def unit_measure(unit: str) -> Measure | None:
     known = UNITS.get(unit) or derived_measure(unit)
     if known:
         return known
+    unit = re.sub(r"^(?:таких|различных|разных|возможных) (?=[а-яё])", "", unit)
     if re.fullmatch(r"[а-яё]{3,}", unit) and not NOT_A_NOUN.fullmatch(unit):
         return Measure("noun " + unit[:3], Fraction(1))
     english = re.fullmatch(r"(?:sq\.? |square |cubic )?[a-z]{3,}(?:\^[23])?", unit)
@@ -1318,8 +1319,9 @@ INTRODUCED = re.compile(
     r"(?i)(?:(?:через|за|в|во|по|у|№|как|ровно|всего|при [a-z] ?=|number)\s*(?=\d)"
     r"|(?:увелич|уменьш|сниз|выр|возр|подорож|подешев|сокра|повы|пони)[а-яё]+ на\s+(?=\d)"
     r"|(?:при|for)(?: всех| любом| любых| всяком| all| every| any)?\s+(?=[a-z]\s?[<>≤≥≠∈])"
-    r"|(?:число|значение|the (?:number|value))\s+(?=[\d\\√π-])"
-    r"|([а-яё][а-яё -]*?)\s(?:равн[аоы]|равен|составля[ею]т|составит|будет|это|—|-)\s+"
+    r"|(?:существует|имеется|есть|получится|получается)\s+(?:ровно |всего )?(?=\d)"
+    r"|(?:(?:искомое|нужное|это) )?(?:число|значение|the (?:number|value))\s+(?=[\d\\√π-])"
+    r"|([а-яё][а-яёa-z -]*?)\s(?:равн[аоы]|равен|составля[ею]т|составит|будет|это|—|-)\s+"
     r"(?=[\d\\√π(\[{-])"
     r"|((?:the )?[a-z][a-z -]{2,}?)\s(?:is|are|equals)\s+(?=[\d\\√π(\[{-])"
     r"|это\s+(?=\d))"
@@ -1390,7 +1392,7 @@ def without_words(text: str) -> str:
     if not introduced:
         return text
     phrase = introduced[1] or introduced[2] or ""
-    if BOUNDS.search(phrase):
+    if BOUNDS.search(phrase) and phrase.lower() not in ("максимум", "минимум"):
         raise Unreadable
     return text[introduced.end() :].strip()
 
@@ -1452,6 +1454,7 @@ LABEL = re.compile(
 LEADING_IN = re.compile(
     r"(?i)(?:(?:the|our|my|final|correct|и|итак|наш|мой|итоговый|окончательный|правильный)[ \t]+)+$"
 )
+ANSWER_IS_SO = re.compile(r"(?i)(?:correct|right|верен|верный|правильный|проверен|found)\W*")
 NOT_MINE = re.compile(  # «неверный ответ: 5», «возможный ответ: 5»
     r"(?i)(?:(?:не|ошибочн|ложн|возможн|вероятн|предположительн|примерн|приблизительн|промежуточн"
     r"|частичн)[а-яё]*|(?:наверное|видимо),|possible|probable|likely|approximate|partial|wrong"
@@ -1513,6 +1516,8 @@ def labelled_claims(text: str, boxed: list[Box]) -> list[AnswerClaim] | None:
         said = text[start : sentence.start() if sentence else end]
         if re.search(r"\d[$*]*$", said) and text[start + len(said) :][:1] == "!":
             said += "!"  # a factorial, or joy
+        if ANSWER_IS_SO.fullmatch(said.strip(" *")):
+            continue
         claims.append(AnswerClaim(label.start(), start + len(said), said.strip(" *")))
     return claims
 
@@ -1657,7 +1662,9 @@ CONFIRMED = re.compile(
     r"(?: (?:задачи|верен|верный|проверен|сош[её]лся|равен|is|correct))*[ :—–-]*\$?[\d.,]*\$?"
     r"|провере\w+|вс[её]|(?:вс[её] )?(?:верно|сходится)|correct|готово"
     rf"|(?:{HENCE},? )?(?:решено|задача решена(?: верно)?)"
-    r"|решение (?:верно|завершено)"
+    r"|решение (?:верно|завершено)|this is the (?:final )?answer"
+    r"|это (?:и есть )?(?:наи(?:больш|меньш)|максимальн|минимальн|иском)[а-яё]+"
+    r"(?: (?:возможн[а-яё]+|значени[ея]|числ[оа]|количество))*"
     r"|(?:(?:что|это) и )?требовалось \w+|ч\. ?т\. ?д|done|q\.?e\.?d|this completes the \w+"
 )
 CHECKED = whole_words(
@@ -1921,8 +1928,14 @@ def restrictions(latex: str) -> list[tuple[str, str]]:
             argument = argument[1:].lstrip()
             argument = argument[group_at(argument, 0)[1] :].lstrip("] ")
         found.append((function[1], group_at(argument, 0)[0]))
-    for power in re.finditer(r"([a-zA-Z)}])\s*\^\s*(?:\{\s*)?(?:-|0(?!\d))", latex):
-        found.append(("power", "x" if power[1] in ")}" else power[1]))
+    for power in re.finditer(r"([a-zA-Z)}])\s*\^\s*(?:\{\s*)?(-|0(?!\d))", latex):
+        under = power[2] == "-" and power[1] not in ")}"
+        kind = "under" if under else "power"
+        found.append((kind, "x" if power[1] in ")}" else power[1]))
+    for root in re.finditer(
+        r"([a-zA-Z])\s*\^\s*\{\s*(?:\d+/2|\\frac\s*\{?\d\}?\s*\{?2\}?)\s*\}", latex
+    ):
+        found.append(("sqrt", root[1]))
     return [(kind, written) for kind, written in found if has_letters(written)]
 
 
@@ -2248,6 +2261,17 @@ def without_spaces(text: str) -> str:
     return re.sub(r"(?<![\w,]) | (?!\w)|(?<=[^\d],) |(?<=,) (?!\d)", "", clean(text))
 
 
+def same_word(answer: str, key: str) -> bool:
+    "Whether both are the same word, one perhaps with a capital: Red and red, but not ABC and abc."
+    said, meant = clean(answer[:LONGEST_CLEANED]), clean(key)
+    if not re.fullmatch(r"[A-Za-zА-Яа-яЁё]{3,}", meant):
+        return False
+    return said in (meant.capitalize(), meant.lower()) and meant in (
+        said.capitalize(),
+        said.lower(),
+    )
+
+
 CHOICE_WORD = re.compile(r"(?i)^(?:вариант|буква|option|choice) (?=\S+$)")
 
 
@@ -2335,6 +2359,8 @@ def compare(
     if len(answer) <= LONGEST_CLEANED and tight(answer) == tight(gold) != "":
         return "correct"
     if len(answer) <= LONGEST_CLEANED and without_spaces(answer) == without_spaces(gold) != "":
+        return "correct"
+    if same_word(answer, gold):
         return "correct"
     if key_letter := one_letter(gold):
         answer_letter = one_letter(answer)
