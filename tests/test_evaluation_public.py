@@ -499,6 +499,29 @@ def test_a_judge_is_asked_in_both_orders_and_only_for_what_is_missing(tmp_path, 
             judge_answers(problems, run, lost, judge.name, **once)
 
 
+def test_a_judge_that_refuses_or_does_not_decide_is_not_asked_for_ever(tmp_path, capsys):
+    def evades(body, n):
+        if "Сколько будет 1 +" in asked_text(body):
+            return Said(status=400, body="нельзя")
+        first = asked_text(body).index("Подробно") < asked_text(body).index("не знаю")
+        if "Сколько будет 2 +" in asked_text(body) and first:
+            return Said("оба хороши")
+        return Said("[[A>B]]" if first else "[[B>A]]")
+
+    theirs = file(tmp_path, [baseline_row(i) for i in range(5)], "base.jsonl")
+    questions = file(tmp_path, [arena_row(i) for i in range(5)], "arena.jsonl")
+    args = ["Arena-Hard-Ru", questions, str(tmp_path / "run"), "--rows", "5", "--baseline", theirs]
+    with Stub(in_turn(Said("Подробно: столько-то"))) as fake, Stub(evades) as judge:
+        args += ["--endpoint", fake.name]
+        assert public_benchmarks_command([*args, "--judge", judge.name]) == 0
+        rates = read_json(tmp_path / "run" / "score.json")
+        assert (rates["prompts"], rates["left_out"], rates["win_pct"]) == (3, 2, 100)
+        assert "no verdict on 2 prompts" in capsys.readouterr().out
+        judge.say = in_turn(Said("оба хороши"))
+        with pytest.raises(UserError, match="decides nothing"):
+            public_benchmarks_command([*args, "--judge", judge.name.replace("toy", "other")])
+
+
 @pytest.mark.parametrize("said", ["", "A", "[[A>C]]", "[[A>B]] [[B>A]]", "<think>[[A>B]]"])
 def test_a_judge_that_does_not_decide_gives_no_verdict(said):
     choice = dict(message=dict(content=said), finish_reason="stop")

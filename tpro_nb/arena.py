@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['JUDGE_VERDICTS', 'JUDGE_ORDERS', 'JUDGEMENT_FIELDS', 'length_controlled', 'Judged', 'read_judged',
-           'by_prompt_and_order', 'arena_rates', 'read_arena_verdict', 'decided', 'baseline_text', 'baseline_answers',
-           'first_answers', 'judge_body', 'judge_answers']
+           'by_prompt_and_order', 'arena_rates', 'read_arena_verdict', 'verdict_if_any', 'baseline_text',
+           'baseline_answers', 'first_answers', 'judge_body', 'judge_answers']
 
 # %% ../nbs/10f_arena.ipynb #10f0a003
 import re
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .benchmark_answers import is_lost, readable
 from .benchmark_files import benchmark_prompts
 from .client import Endpoint, Kept, Unanswered, read_reply
 from .core import UserError, ratio_ci, write_jsonl
@@ -131,10 +132,14 @@ def read_arena_verdict(raw: dict) -> str:
     return found.pop()
 
 
-def decided(raw: dict) -> dict:
-    "A judge's reply as it came, if it decides; `read_arena_verdict`'s error if not."
-    read_arena_verdict(raw)
-    return raw
+def verdict_if_any(raw: dict | Unanswered) -> str | None:
+    "The verdict of a judge's reply, None if it refused or did not decide."
+    if isinstance(raw, Unanswered):
+        return None
+    try:
+        return read_arena_verdict(raw)
+    except ValueError:
+        return None
 
 # %% ../nbs/10f_arena.ipynb #10f0c002
 def baseline_text(row: dict) -> Any:
@@ -206,7 +211,8 @@ def judge_answers(
 ) -> dict:  # `arena_rates`, the judge's name, and no_answer_pct of the run
     """Judge a run's first samples against a baseline's, in both orders.
 
-    Raw judgements are kept in <out>/judge.jsonl; a UserError while some are missing."""
+    Raw judgements are kept in <out>/judge.jsonl; a UserError while some are missing, and if the
+    judge decides nothing. `left_out` prompts had a reply without a verdict."""
     theirs = baseline_answers(baseline, problems)
     ours = first_answers(out, problems)
     asks = list(product(problems, JUDGE_ORDERS))
@@ -217,21 +223,30 @@ def judge_answers(
         shown = (mine, other) if order == "model_first" else (other, mine)
         bodies.append(judge_body(problem["question"], shown, max_tokens))
     server = Endpoint(endpoint, Kept(Path(out) / "judge.jsonl"), **network)
-    replies = server.ask("/chat/completions", bodies, decided)
-    missing = Counter(str(raw) for raw in replies if isinstance(raw, Unanswered))
+    replies = server.ask("/chat/completions", bodies, readable, f"judge {server.model}")
+    missing = Counter(str(raw) for raw in replies if is_lost(raw))
     if missing:
         raise UserError(
             f"{missing.total()} of {len(asks)} judgements are missing "
             f"({missing.most_common(1)[0][0]}). The others are kept; "
             "call again, only the missing ones are asked."
         )
+    verdicts = [verdict_if_any(raw) for raw in replies]
+    left_out = {ask[0]["problem_id"] for ask, verdict in zip(asks, verdicts) if verdict is None}
+    if len(left_out) == len(problems):
+        raise UserError(
+            f"{endpoint} decides nothing: all {len(problems)} prompts lack a verdict like [[A>B]] "
+            "in one of the orders. Take another judge, or more max_tokens."
+        )
     rows = []
-    for (problem, order), raw in zip(asks, replies):
+    for (problem, order), verdict in zip(asks, verdicts):
         name = problem["problem_id"]
+        if name in left_out:
+            continue
         row = dict(
             prompt_id=name,
             order=order,
-            verdict=read_arena_verdict(raw),
+            verdict=verdict,
             model_chars=len(ours[name]),
             baseline_chars=len(theirs[name]),
         )
@@ -239,6 +254,7 @@ def judge_answers(
     write_jsonl(Path(out) / "judged.jsonl", rows)
     unanswered = sum(not ours[problem["problem_id"]] for problem in problems)
     return arena_rates(rows) | dict(
-        judge=endpoint.strip().partition(" ")[2],
+        judge=server.model,
+        left_out=len(left_out),
         no_answer_pct=100 * unanswered / len(problems),
     )

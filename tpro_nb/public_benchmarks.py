@@ -218,6 +218,10 @@ def finish_judged(
         f"at equal length {percent_with_ends(rates, 'lc_win_pct')}, "
         f"first place favoured {rates['first_place_pct']:.0f} %, judge {rates['judge']}"
     )
+    if rates["left_out"]:
+        print(
+            f"WARNING: the judge gave no verdict on {rates['left_out']} prompts; they are left out"
+        )
 
 
 def asked_text(asked: dict) -> str:
