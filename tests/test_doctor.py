@@ -255,7 +255,11 @@ def test_text_that_is_read_again_and_again_is_said(big):
     (note,) = [note for note in warnings_of(big) if note.startswith(start)]
     assert "40.89 billion" in note
     assert "read 41 times, and more often" in note
-    big["05j_data"]["midtrain_chars"] = 9750 * 128 * 32_768  # four passes
+    assert "hold some 1.07 before anything is dealt, 2.7 % of the paper's 40" in note
+    big["05j_data"]["midtrain_chars"] = 9750 * 128 * 32_768  # four passes, and T-Wix has less
+    (note,) = [note for note in warnings_of(big) if note.startswith(start)]
+    assert "read 38 times" in note
+    big["05j_data"]["raw"] = ["own/forty-billion"]  # which nobody here has counted
     assert not any(note.startswith(start) for note in warnings_of(big))
 
 

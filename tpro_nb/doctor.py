@@ -2,20 +2,21 @@
 
 # %% auto #0
 __all__ = ['QWEN3', 'PROMPT', 'TRAINING_KINDS', 'OFFLOADING', 'ARGUMENTS_OF', 'BANDWIDTH', 'WRITES', 'SGLANG_SHARE',
-           'LONG_ANSWER', 'TRACKERS', 'PUBLISHED_ROWS', 'HOST_GB', 'MEAN_ANSWER', 'T_MATH', 'PROFILE_FILE',
-           'Qwen3Shape', 'qwen3_config', 'count_parameters', 'smollm2_config', 'nano_config', 'base_config', 'Widths',
-           'widths', 'CardLoad', 'CardMemory', 'adapter_parameters', 'training_memory', 'WritingMemory',
-           'writing_memory', 'AccelerateFile', 'fsdp_environment', 'accelerate_kind', 'accelerate_config',
-           'TrainingKind', 'Training', 'pairs_tokens', 'trained_tokens', 'trainings', 'common_arguments',
-           'adam_arguments', 'midtraining_arguments', 'sft_arguments', 'reward_arguments', 'preference_arguments',
-           'trl_configs', 'first_that_fits', 'remedies', 'Fit', 'plural', 'weigh_training', 'training_refused',
-           'Writes', 'writers', 'WeighedAnswers', 'weigh_writing', 'writing_refused', 'launch_line', 'draft_shape',
-           'serving_lines', 'serving_refused', 'with_cards', 'RowSplit', 'usable_split', 'row_splits', 'untracked',
-           'rows_on_offer', 'general_on_offer', 'dealing', 'LongAnswers', 'host_memory', 'answers_asked',
-           'slow_writers', 'repeated_text', 'unsharded', 'late_checkpoints', 'without_flash_attention', 'Examination',
-           'read_accelerate_files', 'disagreeing', 'unknown_layers', 'missing_files', 'unusable_splits', 'build_trl',
-           'training_hours', 'training_disk', 'named_file', 'profile_accelerate', 'examine', 'aligned', 'files_text',
-           'fits_text', 'writings_text', 'splits_text', 'disk_text', 'conclusion_text', 'examination_text']
+           'LONG_ANSWER', 'TRACKERS', 'PUBLISHED_ROWS', 'HOST_GB', 'MEAN_ANSWER', 'T_MATH', 'PAPER_MIDTRAINING',
+           'PROFILE_FILE', 'Qwen3Shape', 'qwen3_config', 'count_parameters', 'smollm2_config', 'nano_config',
+           'base_config', 'Widths', 'widths', 'CardLoad', 'CardMemory', 'adapter_parameters', 'training_memory',
+           'WritingMemory', 'writing_memory', 'AccelerateFile', 'fsdp_environment', 'accelerate_kind',
+           'accelerate_config', 'TrainingKind', 'Training', 'pairs_tokens', 'trained_tokens', 'trainings',
+           'common_arguments', 'adam_arguments', 'midtraining_arguments', 'sft_arguments', 'reward_arguments',
+           'preference_arguments', 'trl_configs', 'first_that_fits', 'remedies', 'Fit', 'plural', 'weigh_training',
+           'training_refused', 'Writes', 'writers', 'WeighedAnswers', 'weigh_writing', 'writing_refused', 'launch_line',
+           'draft_shape', 'serving_lines', 'serving_refused', 'with_cards', 'RowSplit', 'usable_split', 'row_splits',
+           'untracked', 'rows_on_offer', 'general_on_offer', 'dealing', 'LongAnswers', 'host_memory', 'answers_asked',
+           'slow_writers', 'TextForMidtraining', 'text_for_midtraining', 'repeated_text', 'unsharded',
+           'late_checkpoints', 'without_flash_attention', 'Examination', 'read_accelerate_files', 'disagreeing',
+           'unknown_layers', 'missing_files', 'unusable_splits', 'build_trl', 'training_hours', 'training_disk',
+           'named_file', 'profile_accelerate', 'examine', 'aligned', 'files_text', 'fits_text', 'writings_text',
+           'splits_text', 'disk_text', 'conclusion_text', 'examination_text']
 
 # %% ../nbs/91_doctor.ipynb #b93a9397
 import dataclasses
@@ -1008,19 +1009,47 @@ def slow_writers(params: dict[str, Parameters], writings: Sequence[WeighedAnswer
     return notes
 
 # %% ../nbs/91_doctor.ipynb #7f86a701
-def repeated_text(planned: Sequence[Training], ordered: float) -> list[str]:
-    "A note where midtraining reads its `ordered` tokens more than four times."
+class TextForMidtraining(NamedTuple):
+    "Tokens that midtraining could read once; None: not known."
+
+    ordered: float  # by midtrain_chars, four characters a token
+    held: float | None  # by the raw sets, their answers as long as T-Wix's
+
+
+def text_for_midtraining(data: Parameters) -> TextForMidtraining:
+    "What 05 is told to set aside, and what its raw sets hold before anything is taken from them."
+    ordered = data.get("midtrain_chars", 0) / 4
+    counts = [rows_on_offer(name) for name in data.get("raw", [])]
+    known = [count for count in counts if count is not None]
+    if not counts or len(known) < len(counts):
+        return TextForMidtraining(ordered, None)
+    limit = data["raw_limit"]
+    rows = sum(min(count, limit or count) for count in known)
+    return TextForMidtraining(ordered, float(rows * MEAN_ANSWER))
+
+
+PAPER_MIDTRAINING = 40e9  # tokens, most of them not public [paper §3.2]
+
+
+def repeated_text(planned: Sequence[Training], text: TextForMidtraining) -> list[str]:
+    "A note where midtraining reads its text more than four times, with what there is to read."
+    once = min(text.ordered, text.held or text.ordered)
+    reads = [training.tokens for training in planned if training.stage == "06_midtraining"]
+    if not once or not reads or not reads[0] or reads[0] <= 4 * once:
+        return []
+    note = (
+        f"06_midtraining reads {reads[0] / 1e9:,.2f} billion tokens and 05j_data orders some"
+        f" {text.ordered / 1e9:,.2f} (midtrain_chars, four characters a token)"
+    )
+    if text.held is not None:
+        note += (
+            f"; the sets in raw hold some {text.held / 1e9:,.2f} before anything is dealt,"
+            f" {100 * text.held / PAPER_MIDTRAINING:.1f} % of the paper's 40, which are not public"
+        )
     return [
-        f"06_midtraining reads {training.tokens / 1e9:,.2f} billion tokens and 05j_data orders some"
-        f" {ordered / 1e9:,.2f} (midtrain_chars, four characters a token): every text is read"
-        f" {training.tokens / ordered:.0f} times, and more often where fewer are left than ordered."
-        " Repetition costs little up to four [Muennighoff et al. 2023]; order more text if there is"
-        " more, or lower steps."
-        for training in planned
-        if training.stage == "06_midtraining"
-        and ordered
-        and training.tokens
-        and training.tokens > 4 * ordered
+        f"{note}: every text is read {reads[0] / once:.0f} times, and more often where fewer are"
+        " left. Repetition costs little up to four [Muennighoff et al. 2023]; order more text if"
+        " there is more, or lower steps."
     ]
 
 
@@ -1273,7 +1302,7 @@ def examine(
             f" {host:,.0f} GB of host memory; a DGX H100 has {HOST_GB:,}."
             " Lower nproc, or set rank: 16."
         )
-    warnings = repeated_text(planned, data.get("midtrain_chars", 0) / 4)
+    warnings = repeated_text(planned, text_for_midtraining(data))
     if own:
         warnings += unsharded(planned, host)
     if gpu:
