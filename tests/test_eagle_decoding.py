@@ -1,5 +1,6 @@
 "Speculative decoding: the text is the target's; wrong verifiers and bad input are caught."
 
+import itertools
 import os
 import subprocess
 import sys
@@ -438,6 +439,164 @@ def test_accepted_branches_of_one_text_do_not_move_another(three, kind, monkeypa
     assert dec.generate_batch(texts, 16, tree=(3, 2, 12), events=events, meta=meta) == alone
     long = [event["request"] for event in events if len(event["accepted"]) >= 2]
     assert set(long) == {"0", "1", "2"}
+
+
+def written(dec, task, most=1000):
+    "A text alone, its prompt in pieces of at most `most` tokens."
+    text = dec.write_text(task)
+    read = next(text)
+    with torch.no_grad():
+        while True:
+            try:
+                read = text.send(dec.read_all([read.cut(most)])[0])
+            except StopIteration as end:
+                return end.value
+
+
+def task_of(prompt, new=12, tree=(3, 2, 5), seed=None, **more):
+    temperature = 0.0 if seed is None else 0.9
+    choose = decoder.chooser(decoder.SamplingOptions(temperature, seed=seed))
+    return decoder.DecodeTask(prompt, new, choose, tree, **more)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_pieces_of_a_prompt_are_the_prompt(three, kind, engine):
+    dec = Decoder(three / "llama5", three / f"llama5_{kind}", "float32", 256, engine)
+    for prompt in prompts(101):
+        for seed in (None, 3):
+            temperature = 0.0 if seed is None else 0.9
+            events, whole_events = [], []
+            whole = dec.generate(prompt, 12, (3, 2, 5), temperature, seed=seed, events=whole_events)
+            for most in (1, 17, 69) if engine == "c" else (17,):
+                tell = decoder.event_keeper(events)
+                assert written(dec, task_of(prompt, seed=seed, tell=tell), most) == whole
+                trees_of = [
+                    [event["tree"]["tokens"] for event in log] for log in (events, whole_events)
+                ]
+                assert trees_of[0] == trees_of[1]  # the draft has read the same
+                events.clear()
+
+
+BEGINNINGS = {  # a prompt after the text of `prompts(101)[1]`, and how many of its tokens are kept
+    "the same": (lambda ids, out: ids, 6),
+    "its text and more": (lambda ids, out: ids + out + [5, 6, 7], 17),
+    "half its text": (lambda ids, out: ids + out[:5], 11),
+    "its beginning": (lambda ids, out: ids[:4], 3),
+    "another first token": (lambda ids, out: [ids[0] + 1, *ids[1:]], 0),
+    "another second token": (lambda ids, out: [ids[0], ids[1] + 1, *ids[2:]], 0),
+    "another last token": (lambda ids, out: [*ids[:-1], ids[-1] + 1], 5),
+    "one token": (lambda ids, out: ids[:1], 0),
+    "one token more": (lambda ids, out: [*ids, out[0] + 1], 6),
+    "nothing in common": (lambda ids, out: [100] * 9, 0),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_what_a_text_leaves_is_used_again(three, kind, engine):
+    """In its place and in a copy of it: same text, same proposals. Plain after drafted too.
+
+    After a plain text the draft begins anew, the target does not."""
+    dec = Decoder(three / "llama5", three / f"llama5_{kind}", "float32", 256, engine)
+    ids = prompts(101)[1]
+    cases = list(BEGINNINGS)[: 3 if engine == "torch" else None]
+    for case, former, tree in itertools.product(cases, ((3, 2, 5), None), ((3, 2, 5), None)):
+        changed, kept = BEGINNINGS[case]
+        out = dec.generate(ids, 12)
+        prompt = changed(ids, out)
+        fresh = []
+        expected = dec.generate(prompt, 12, tree, events=fresh)
+        held = decoder.Held()
+        assert written(dec, task_of(ids, tree=former, held=held)) == out
+        assert held.tokens[: len(ids) + 11] == [*ids, *out[:11]]
+        count = decoder.reusable(held, prompt, drafting=tree is not None)
+        # a last step may have read one token more than the text has
+        assert count in ([0] if tree and not former else [kept, kept + (kept == 17)]), case
+        drafted = min(count, held.drafted)
+        dec.target.copy(0, 128, count)
+        dec.draft.copy(0, 128, count)
+        for base in (128, 0):
+            events = []
+            again = decoder.Held(prompt[:count], drafted)
+            tell = decoder.event_keeper(events)
+            task = task_of(prompt, tree=tree, base=base, held=again, tell=tell)
+            assert written(dec, task) == expected, case
+            proposed = [event["tree"]["tokens"] for event in events]
+            assert proposed == [event["tree"]["tokens"] for event in fresh], case
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+@pytest.mark.parametrize("seed", [None, 11])
+def test_a_draft_that_rests_changes_nothing(three, kind, engine, seed, monkeypatch):
+    "For good, now and then, from the middle on; and what it missed it reads later."
+    monkeypatch.setattr(decoder, "MOST_UNREAD", 4)
+    dec = Decoder(three / "llama5", three / f"llama5_{kind}", "float32", 256, engine)
+    ids = prompts(101)[1]
+    how = dict(temperature=0.0 if seed is None else 0.9, seed=seed)
+    plain = dec.generate(ids, 30, **how)
+    drafted = []
+    assert dec.generate(ids, 30, (3, 2, 5), events=drafted, **how) == plain
+    proposed = {event["position"]: event["tree"]["tokens"] for event in drafted}
+    patterns = ("r", "rrrrrrrrrrrrrrrrrrwwwwwwww", "rrrrrrrw", "w", "rw", "wrrrrrrrrrrrrrrrrr")
+    for pattern in patterns[: 2 if engine == "torch" else None]:
+        turns = iter(pattern * 30)
+        events, held = [], decoder.Held()
+        task = task_of(
+            ids,
+            30,
+            seed=seed,
+            held=held,
+            resting=lambda turns=turns: next(turns) == "r",
+            tell=decoder.event_keeper(events),
+        )
+        assert written(dec, task) == plain, pattern
+        assert held.drafted <= len(held.tokens)
+        assert pattern == "w" or any(len(event["tree"]["tokens"]) == 1 for event in events)
+        for event in events:
+            tokens = event["tree"]["tokens"]
+            if len(tokens) > 1 and event["position"] in proposed:
+                assert tokens == proposed[event["position"]], pattern
+        further = ids + plain[:20]
+        count = decoder.reusable(held, further, drafting=True)
+        assert count >= len(ids) - 1
+        assert pattern != "r" or count >= len(ids) + 12  # it has not stayed behind for ever
+        again = decoder.Held(further[:count], count)
+        seen, fresh = [], []
+        tell = decoder.event_keeper(seen)
+        assert written(dec, task_of(further, held=again, tell=tell)) == dec.generate(
+            further, 12, (3, 2, 5), events=fresh
+        )
+        assert [e["tree"]["tokens"] for e in seen] == [e["tree"]["tokens"] for e in fresh]
+
+
+@needs_compiler
+def test_texts_of_every_kind_share_a_pass_bit_for_bit(three):
+    "bf16: greedy and sampled, plain and drafted, at their prompts and past them, in one pass."
+    dec = Decoder(three / "llama5", three / "llama5_eagle", "bfloat16", 128)
+    kinds = []
+    for i, ids in enumerate([*prompts(101), [5] * 30, [9, 8]]):
+        kinds.append(dict(prompt=ids, tree=(3, 2, 5) if i % 2 else None, seed=i if i > 2 else None))
+    alone = [written(dec, task_of(**kind)) for kind in kinds]
+    shared = dec.target.twin(5 * 256), dec.draft.twin(5 * 256)
+    dec.target, dec.draft = shared
+    texts = [dec.write_text(task_of(base=256 * i, **kind)) for i, kind in enumerate(kinds)]
+    reads, out = {}, {}
+    with torch.no_grad():
+        for turn in range(60):
+            if turn % 2 == 0 and turn // 2 < 5:
+                reads[turn // 2] = next(texts[turn // 2])
+            results = dec.read_all([read.cut(7) for read in reads.values()])
+            for i, verified in zip(list(reads), results):
+                try:
+                    reads[i] = texts[i].send(verified)
+                except StopIteration as end:
+                    out[i] = end.value
+                    del reads[i]
+            if len(out) == 5:
+                break
+    assert [out[i] for i in range(5)] == alone
 
 
 def test_a_text_that_fails_on_the_way_leaves_the_others_running(work):

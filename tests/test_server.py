@@ -19,10 +19,10 @@ from transformers import AutoTokenizer
 from tpro_nb import scheduler, server
 from tpro_nb.chat_service import Limits, Message, Service, ServiceSettings
 from tpro_nb.core import UserError, toy_model
-from tpro_nb.decoder import Decoder
+from tpro_nb.decoder import Decoder, common_prefix
 from tpro_nb.draft_model import random_draft
-from tpro_nb.scheduler import Job, TextRequest
-from tpro_nb.server import listen, serve_command, serving
+from tpro_nb.scheduler import Job, PassCosts, TextRequest
+from tpro_nb.server import listen, serve_command, serving, serving_line
 from tpro_nb.serving_cost import crowd, overhead
 from tpro_nb.target_text import render
 
@@ -432,6 +432,251 @@ def test_full_queue_and_time_limit(folders):
             assert last["error"]["code"] == 504
             assert lines[-2] == "data: [DONE]"
         assert answer(post(url, body())) == direct(svc)
+
+
+def submit(svc, prompt, new=8, tree=SHAPE, seconds=60, **more):
+    "A job of bare ids, and the items that it is told."
+    items = []
+    deadline = time.monotonic() + seconds
+    job = Job(TextRequest(prompt, new, tree, **more), [], deadline, items.append)
+    svc.sched.submit(job)
+    return job, items
+
+
+def ended(*told):
+    assert wait_until(lambda: all(items and items[-1].finish for items in told), 30)
+
+
+def tokens_of(svc, items):
+    "The text, put together."
+    return "".join(item.text for item in items)
+
+
+def alone(svc, prompt, new=8, **how):
+    wait_idle(svc)
+    with torch.inference_mode():
+        tokens = scheduler.twin(svc.dec).generate(prompt, new, eos=svc.sched.eos, **how)
+    return svc.tok.decode(tokens, skip_special_tokens=True)
+
+
+SYSTEM = [7, 8, 9, 10, 11, 12]
+PREFIXES = [  # prompts in their order, and how many tokens of each are not read again
+    ([*SYSTEM, 20, 21], 0),
+    ([*SYSTEM, 20, 21], 7),  # the same once more
+    ([*SYSTEM, 30], 5),  # a system prompt in common
+    ([*SYSTEM, 31, 32], 5),
+    ([6, *SYSTEM[1:], 20, 21], 0),  # another first token
+    ([*SYSTEM, 20], 6),  # shorter than what is kept
+    ([*SYSTEM, 20, 22], 6),  # another last token
+    ([7], 0),
+    ([7, 8], 1),
+    ([50] * 40, 0),
+    ([50] * 41, 39),
+]
+
+
+@pytest.mark.parametrize("tree", [SHAPE, None])
+@pytest.mark.parametrize("keep", [0, 4])
+def test_beginnings_in_common(folders, tree, keep):
+    svc = service(folders, keep=keep, slots=2)
+    for prompt, kept in PREFIXES:
+        job, items = submit(svc, prompt, tree=tree)
+        ended(items)
+        assert job.cached == (kept if keep else 0), prompt
+        assert tokens_of(svc, items) == alone(svc, prompt), prompt
+    total = svc.sched.total["cached_tokens"]
+    assert total == (sum(kept for _, kept in PREFIXES) if keep else 0)
+    svc.sched.close()
+
+
+def test_only_so_many_are_kept_the_oldest_goes_first(folders):
+    svc = service(folders, keep=2, slots=1)
+    firsts = [[number] * 20 for number in (30, 40, 50, 60)]
+    kept = []
+    for prompt in [*firsts, firsts[3], firsts[1], firsts[0]]:
+        job, items = submit(svc, prompt)
+        ended(items)
+        kept.append(job.cached)
+    # three places: the first two were displaced when the fourth and the second came
+    assert kept == [0, 0, 0, 0, 19, 19, 0]
+    svc.sched.close()
+
+
+def test_the_draft_begins_anew_after_a_plain_text(folders):
+    svc = service(folders, slots=1)
+    for tree, kept in ((None, 0), (SHAPE, 0), (None, 29), (SHAPE, 29)):
+        job, items = submit(svc, list(range(40, 70)), tree=tree)
+        ended(items)
+        assert job.cached == kept
+        assert tokens_of(svc, items) == alone(svc, list(range(40, 70)))
+    svc.sched.close()
+
+
+@contextmanager
+def held_up(svc):
+    "Nothing runs until the block is left; what was submitted in it is there at once."
+    with svc.sched.wake:
+        yield
+
+
+def test_twice_the_same_at_once_is_read_once(folders):
+    svc = service(folders, slots=4)
+    prompt = [5, 9, 30, 7] * 20
+    with held_up(svc):
+        first, told = submit(svc, prompt)
+        second, told_too = submit(svc, prompt)
+        third, told_last = submit(svc, [*prompt[:50], 3])
+    ended(told, told_too, told_last)
+    assert (first.cached, second.cached, third.cached) == (0, 79, 49)
+    assert tokens_of(svc, told) == tokens_of(svc, told_too) == alone(svc, prompt)
+    assert tokens_of(svc, told_last) == alone(svc, [*prompt[:50], 3])
+    svc.sched.close()
+
+
+def test_what_a_cancelled_prompt_has_read_is_used(folders):
+    "Cancelled, out of time, or failed on the way: the last leaves nothing."
+    svc = service(folders, slots=1)
+    prompt = list(range(20, 200))
+    usual = svc.sched.dec.read_all
+
+    def leave_after(turns, act):
+        left = [turns]
+
+        def read_all(reads):
+            left[0] -= 1
+            if not left[0]:
+                act(reads)
+            return usual(reads)
+
+        svc.sched.dec.read_all = read_all
+
+    def fail(reads):
+        raise RuntimeError("lost")
+
+    jobs = []
+    for how, act in (
+        ("cancelled", lambda reads: setattr(jobs[-1], "cancelled", True)),
+        ("timeout", lambda reads: setattr(jobs[-1], "deadline", 0.0)),
+        ("error", fail),
+    ):
+        leave_after(4, act)
+        with held_up(svc):
+            job, told = submit(svc, prompt)
+            jobs.append(job)
+        ended(told)
+        assert told[-1].finish == how
+    svc.sched.dec.read_all = usual
+    assert [job.cached for job in jobs] == [0, 47, 94]
+    job, told = submit(svc, prompt)
+    ended(told)
+    assert job.cached == 0  # what a failure leaves is not trusted
+    assert tokens_of(svc, told) == alone(svc, prompt)
+    svc.sched.close()
+
+
+def test_a_long_prompt_stops_nobody(folders):
+    """A stream has its step in every turn in which a piece is read, pieces have their size, and a
+    short prompt that comes later is not behind the long one."""
+    svc = service(folders, slots=3)
+    passes = []
+    usual = svc.sched.dec.read_all
+
+    def noted(reads):
+        passes.append([(read.base, len(read.tokens), read.tree is not None) for read in reads])
+        return usual(reads)
+
+    svc.sched.dec.read_all = noted
+    long = [3 + number % 90 for number in range(190)]
+    with held_up(svc):
+        stream, told = submit(svc, [40, 41], new=60)
+        slow, told_slow = submit(svc, long, new=4)
+        quick, told_quick = submit(svc, [60] * 20, new=4)
+    ended(told, told_slow, told_quick)
+    assert max(tokens for read in passes for _, tokens, _ in read) == 12
+    pieces = [sum(tokens > 0 for _, tokens, _ in read) for read in passes]
+    assert max(pieces) == 1
+    base = passes[0][0][0]
+    beside = [read for read in passes[1:] if any(tokens for _, tokens, _ in read)]
+    assert len(beside) >= 16
+    while_it_ran = passes[1 : 1 + sum(read[0][0] == base for read in passes[1:])]
+    assert all(any(at == base and tree for at, _, tree in read) for read in while_it_ran)
+    assert quick.first < slow.first
+    for job, items in ((stream, told), (slow, told_slow), (quick, told_quick)):
+        assert tokens_of(svc, items) == alone(svc, job.asked.prompt, job.asked.new)
+    svc.sched.close()
+
+
+@pytest.mark.parametrize("up_to", [1, 2, 9])
+def test_the_draft_rests_beyond_the_crossing(folders, up_to):
+    "Greedy and sampled texts, drafted and plain, are those of one who is alone."
+    svc = service(folders, slots=4, draft_up_to=up_to)
+    hot = dict(temperature=0.9, top_p=0.9, seed=5)
+    asked = [(SHAPE, {}), (SHAPE, hot), (None, hot), (SHAPE, {})]
+    with held_up(svc):
+        jobs = [
+            submit(svc, [40 + number, 41], new=12 + 12 * number, tree=tree, **how)
+            for number, (tree, how) in enumerate(asked)
+        ]
+    ended(*(items for _, items in jobs))
+    for (job, items), (_, how) in zip(jobs, asked):
+        text = alone(svc, job.asked.prompt, job.asked.new, **how)
+        assert tokens_of(svc, items) == text
+        assert text == alone(svc, job.asked.prompt, job.asked.new, tree=SHAPE, **how)
+    rested = [job.rested for job, _ in jobs]
+    assert rested[2] == 0  # it never drafts
+    assert (sum(rested) > 0) == (up_to < 9)
+    assert jobs[3][0].verified > 0  # the last one is alone in the end, and drafts again
+    meta = jobs[3][0].meta_info("length")
+    drafted = jobs[3][0].tokens - rested[3]
+    assert meta["spec_accept_length"] == pytest.approx(drafted / meta["spec_verify_ct"])
+    svc.sched.close()
+
+
+def test_costs_choose_the_piece_and_the_crossing():
+    costs = PassCosts({1: 10.0, 4: 10.0, 8: 20.0, 64: 160.0}, 0.01, draft_ms=2.0, rows=5)
+    assert costs.time(128) == 320
+    assert [costs.piece(rows, 0) for rows in (0, 1, 4)] == [12, 11, 8]
+    sizes = [costs.piece(1, past) for past in (0, 150, 500, 1000, 10**6)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[-1] == 4
+    prices = [costs.draft_break_even(texts) for texts in range(1, 9)]
+    assert prices[0] == pytest.approx((2 + 12.5) / 10)
+    assert [costs.crossing(tau, 8) for tau in (1.0, prices[1] + 0.01, 99)] == [1, 2, 8]
+
+
+def test_costs_are_measured_where_they_are_not_given(folders):
+    svc = service(folders, piece=0, draft_up_to=0)
+    costs = svc.sched.options.costs
+    assert list(costs.times.values()) == sorted(costs.times.values())
+    assert costs.rows == 6 and costs.draft_ms > 0 and costs.piece(1, 0) >= 4
+    assert svc.sched.draft_up_to == 3  # nothing is known of the draft's yield yet
+    svc.sched.yields.extend([1] * 20)
+    assert svc.sched.draft_up_to == 1
+    assert "prompts are read" in serving_line(svc)
+    svc.sched.close()
+
+
+def test_a_conversation_says_what_it_did_not_read_again(svc, url):
+    first = post(url, body(max_tokens=24)).json()
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] < 40
+    said = first["choices"][0]["message"]["content"]
+    turns = [
+        dict(role="user", content=SUM),
+        dict(role="assistant", content=said),
+        dict(role="user", content="А ещё?"),
+    ]
+    again = post(url, body(messages=turns)).json()
+    usage, meta = again["usage"], again["meta_info"]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    common = common_prefix(
+        svc.ids([Message(**turns[0])], False), svc.ids([Message(**row) for row in turns], False)
+    )
+    assert cached == meta["cached_tokens"] >= common - 1 > 5
+    prompt = svc.ids([Message(**row) for row in turns], False)
+    assert again["choices"][0]["message"]["content"] == alone(svc, prompt, 16)
+    text = httpx.get(f"{url}/metrics").text
+    for name in ("cached_tokens_total", "draft_up_to", "rested_total", "turns_total"):
+        assert f"tpro_nb:{name} " in text
 
 
 def leave_a_stream(url):

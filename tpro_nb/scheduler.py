@@ -254,7 +254,7 @@ class Places:
     def take(self, prompt: Sequence[int], drafting: bool) -> Place:
         "A free place for a text; what it may use again is in `held`. `IndexError` where none is."
         count, source = self.best(prompt, drafting)
-        goes_on = source.free and count + 1 >= len(source.held.tokens)
+        goes_on = source.free and 2 * (count + 1) >= len(source.held.tokens)
         by_age = sorted((place for place in self.all if place.free), key=lambda place: place.left)
         others = [place for place in by_age if place is not source or not count]
         place = source if goes_on or not others else others[0]
