@@ -3,13 +3,15 @@
 # %% auto #0
 __all__ = ['ENGLISH_WEIGHT', 'WordList', 'WordWeights', 'NOT_A_VOTER', 'VOTING_FORMS', 'BLOCK_EDGES', 'CYRILLIC_PIECE',
            'RUNNING_WORD', 'SERBIAN_LETTERS', 'SERBIAN_PAIRS', 'LISTED_FORMS', 'WORDFREQ_CODES', 'OWN_LETTERS',
-           'LACKING', 'DONORS', 'LANGUAGE_SAY', 'SOURCE_PART', 'EIGHT', 'word_votes', 'english_votes', 'first_script',
-           'script_votes', 'WrittenForm', 'frequency_blocks', 'add_usage', 'count_usage', 'serbian_cyrillic',
-           'cyrillic_words', 'listed_words', 'letter_owners', 'donor_words', 'piece_words', 'language_say',
-           'add_shares', 'choosing_words', 'documents_by_language', 'package_text', 'vocabulary_text', 'Votes',
-           'count_votes']
+           'LACKING', 'DONORS', 'LANGUAGE_SAY', 'SOURCE_PART', 'EIGHT', 'USAGE_TABLE', 'word_votes', 'english_votes',
+           'first_script', 'script_votes', 'WrittenForm', 'frequency_blocks', 'add_usage', 'count_usage',
+           'serbian_cyrillic', 'cyrillic_words', 'listed_words', 'letter_owners', 'donor_words', 'piece_words',
+           'language_say', 'add_shares', 'choosing_words', 'documents_by_language', 'package_text', 'vocabulary_text',
+           'Votes', 'count_votes', 'Usage', 'read_usage', 'pack_usage', 'counted_votes']
 
 # %% ../nbs/02b_voters.ipynb #998a6253
+import json
+import lzma
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -17,13 +19,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from heapq import nlargest
 from itertools import pairwise
 from operator import itemgetter
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from . import assets, corpora, published
-from .certificate import byte_level, token_text, tokenizer_from_json
+from .certificate import TABLES, byte_level, token_text, tokenizer_from_json
 from .core import CHAT_TEMPLATE, UserError
 from .tokenizer_analysis import language_documents, toy_texts
 
@@ -370,3 +373,43 @@ def count_votes(
             texts[f"locale {locale}"] = ["\n".join(messages)]
     weight = [ENGLISH_WEIGHT if voter in heavy else 1.0 for voter in [*lists, *texts]]
     return Votes(count_usage(tok, lists, texts), np.array(weight))
+
+# %% ../nbs/02b_voters.ipynb #7c1e4a02
+USAGE_TABLE = TABLES / "qwen3_usage.xz"
+
+
+class Usage(NamedTuple):
+    "How much each entry of one vocabulary is used, by groups of texts."
+
+    groups: list[str]  # languages, `code`, `vocab`, `hanzi` and `rest`
+    say: np.ndarray  # float64 [groups], what one use counts
+    voice: np.ndarray  # float32 [groups, ids], uses per million tokens times the say
+    base: str  # fingerprint of the vocabulary
+
+
+def read_usage(path: Path = USAGE_TABLE) -> Usage:
+    "The table of a file: a line of json, then one byte for each group and id, under lzma."
+    head, _, body = lzma.decompress(path.read_bytes()).partition(b"\n")
+    table = json.loads(head)
+    stored = np.frombuffer(body, np.uint8).reshape(len(table["groups"]), table["ids"])
+    voice = table["least"] * (2.0 ** (stored / table["steps"]) - 1)
+    return Usage(table["groups"], np.array(table["say"]), voice.astype(np.float32), table["base"])
+
+
+def pack_usage(usage: Usage, steps: int = 3, least: float = 3.0, most: float = 4000.0) -> bytes:
+    "The same as bytes; voices under `least` are rounded roughly, those over `most` cut."
+    head = dict(groups=usage.groups, say=usage.say.tolist(), base=usage.base)
+    head |= dict(ids=usage.voice.shape[1], steps=steps, least=least)
+    octaves = np.log2(1 + np.minimum(usage.voice, most) / least)
+    stored = np.round(steps * octaves).astype(np.uint8)
+    return lzma.compress(json.dumps(head).encode() + b"\n" + stored.tobytes(), preset=9)
+
+
+def counted_votes(
+    english: float = 1.0,  # times the shipped say of English, source text and Latin entries
+    usage: Usage | None = None,  # None: the shipped table
+) -> "Votes":  # one voter, who adds up what everybody pays
+    "Votes of the texts that were counted once, for Qwen3's ids."
+    usage = usage or read_usage()
+    ours = np.isin(usage.groups, ("en", "code", "vocab"))
+    return Votes(np.where(ours, english, 1.0)[None] @ usage.voice, np.ones(1))
