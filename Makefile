@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PROFILE ?= cpu
 
-.PHONY: run lint fix book test test-eval test-clients test-sglang env env-eval env-clients env-sglang sglang-venv clean
+.PHONY: run lint fix book test test-eval test-clients test-sglang test-loads env env-eval env-clients env-sglang sglang-venv clean
 run: env
 	$(BIN)/tpro-nb run $(PROFILE)
 
@@ -57,6 +57,17 @@ $(EVAL)/.done: $(VENV)/.done
 	touch $@
 test-eval: env-eval
 	TPRO_NB_RUN=none $(EVAL)/bin/python -m pytest tests/test_evaluation_public.py tests/test_ablate.py -rs
+
+# Others that load what is written here, each in an environment of its own: an older transformers, llama.cpp, mergekit (which races its rules against ours).
+LOADS = $(VENV)/loads
+$(LOADS)/.done: $(VENV)/.done
+	for name in transformers4 llama mergekit; do test -x $(LOADS)/$$name/bin/python || $(PYTHON) -m venv $(LOADS)/$$name; done
+	$(LOADS)/transformers4/bin/python -m pip install -q 'transformers==4.57.*' jinja2
+	$(LOADS)/llama/bin/python -m pip install -q 'xllamacpp>=2026.10'
+	$(LOADS)/mergekit/bin/python -m pip install -q 'mergekit>=0.1.5'
+	touch $@
+test-loads: $(LOADS)/.done
+	TPRO_NB_LOADS=$(LOADS) TPRO_NB_RUN=none $(BIN)/python -m pytest tests/test_loads.py -rs
 
 # Clients of the server that other people wrote, in an environment on top of this one, as above; what does not install is skipped by name.
 CLIENTS = $(VENV)/clients

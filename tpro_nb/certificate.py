@@ -5,7 +5,7 @@ __all__ = ['BYTE_TO_CHAR', 'CHAR_TO_BYTE', 'NOT_HERE', 'OTHER_FORMS', 'ALONE', '
            'UNICODE_BLOCKS', 'PARTS', 'IGNORED', 'PROBES', 'MODEL_SETTINGS', 'FLAGS', 'CONFIGURED', 'TABLES',
            'FAST_TOKENIZER', 'byte_level', 'from_byte_level', 'token_name', 'token_id', 'token_text', 'survives_merges',
            'unreachable', 'merge_halves', 'merges_of', 'check_byte_level', 'check_lists', 'check_complete',
-           'tokenizer_file', 'load_tokenizer_json', 'tokenizer_fingerprint', 'tokenizer_from_json', 'Entry',
+           'tokenizer_json_path', 'load_tokenizer_json', 'tokenizer_fingerprint', 'tokenizer_from_json', 'Entry',
            'entries_and_parts', 'fitting', 'reached_singly', 'carried', 'expected_ids', 'reached',
            'unreached_in_carriers', 'KeptTrial', 'reached_before_and_after', 'reordered_merges', 'premature_merges',
            'random_text', 'changed_strings', 'adds_nothing', 'plain_part', 'in_short', 'literals', 'Treatment',
@@ -175,7 +175,7 @@ def check_complete(tok_json: dict) -> None:
 OTHER_FORMS = ["vocab.json", "tokenizer.model", "tekken.json", "vocab.txt"]
 
 
-def tokenizer_file(source: Path) -> Path:
+def tokenizer_json_path(source: Path) -> Path:
     "The tokenizer.json of a path or a folder; `UserError` where there is none."
     path = source / "tokenizer.json" if source.is_dir() else source
     if path.exists():
@@ -197,7 +197,7 @@ def load_tokenizer_json(
     if isinstance(source, Tokenizer):
         source = json.loads(source.to_str())
     elif isinstance(source, (str, Path)):
-        path = tokenizer_file(Path(source))
+        path = tokenizer_json_path(Path(source))
         where = f"{path}: "
         try:
             source = json.loads(path.read_text(encoding="utf-8"))
