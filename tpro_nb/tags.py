@@ -13,6 +13,7 @@ import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from heapq import heapify, heappop, heappush
 from itertools import chain, permutations
 from operator import itemgetter
 from typing import Any, cast
@@ -342,20 +343,36 @@ def normalise_tags(
 # %% ../nbs/05f_tags.ipynb #47f56113
 def diverse_sample(rows: list[Row], n: int) -> list[Row]:
     "Complexity-first diverse sampling of `n` rows by their tags."
-    left = sorted(rows, key=lambda row: (-len(row["tags"]), row["id"]))
+
+    def order(row: Row) -> tuple[int, str]:
+        return -len(row["tags"]), row["id"]
+
+    queues: defaultdict[frozenset[str], list[Row]] = defaultdict(list)  # the next row last
+    for row in sorted(rows, key=order, reverse=True):
+        if row["tags"]:
+            queues[frozenset(row["tags"])].append(row)
+    left: Counter[str] = Counter()  # rows that a tag still has
+    for tags, waiting in queues.items():
+        left.update(dict.fromkeys(tags, len(waiting)))
+    heads = [(order(waiting[-1]), tags) for tags, waiting in queues.items()]
+    heapify(heads)
     chosen: list[Row] = []
-    while len(chosen) < n and left:
+    while heads and len(chosen) < n:
         seen: set[str] = set()
-        passed_over = []
-        for row in left:
-            if len(chosen) < n and not seen.issuperset(row["tags"]):
-                chosen.append(row)
-                seen.update(row["tags"])
-            else:
-                passed_over.append(row)
-        if len(passed_over) == len(left):  # what is left has no tags
-            break
-        left = passed_over
+        looked_at, taken = [], []
+        while heads and len(chosen) < n and len(seen) < len(left):
+            _, tags = heappop(heads)
+            looked_at.append(tags)
+            if not tags <= seen:
+                chosen.append(queues[tags].pop())
+                seen |= tags
+                taken.append(tags)
+        for tags in taken:
+            left.subtract(tags)
+        left = +left  # without tags that have no row any more
+        for tags in looked_at:
+            if queues[tags]:
+                heappush(heads, (order(queues[tags][-1]), tags))
     return chosen
 
 # %% ../nbs/05f_tags.ipynb #c5442028
