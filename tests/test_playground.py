@@ -78,7 +78,14 @@ def svc(tmp_path_factory):
     target, draft = talkative(tmp_path_factory.mktemp("playground"))
     return Service(
         ServiceSettings(
-            target, draft, name="toy", tree=(3, 4, 8), dtype="float32", context=384, slots=2
+            target,
+            draft,
+            name="toy",
+            tree=(3, 4, 8),
+            dtype="float32",
+            context=384,
+            slots=2,
+            draft_up_to=2,
         )
     )
 

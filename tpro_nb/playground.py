@@ -4,10 +4,10 @@
 __all__ = ['PAGE_TEXT', 'PRESETS', 'USUAL_LIMIT', 'LAYOUT', 'SPEEDS', 'preset_questions', 'usual_limit', 'model_choices',
            'known_models', 'side_settings', 'figure_text', 'figures_html', 'side_title', 'draw_answer', 'draw_status',
            'draw_details', 'draw_pane', 'draw_turn', 'ranking_table', 'vote_box', 'PageChoices', 'stop_all',
-           'new_conversation', 'ask', 'shortened', 'preset_picker', 'controls', 'live_page', 'episode_title',
-           'replay_page', 'sidebar', 'draw_conversation', 'after_the_answers', 'page', 'ServedPair', 'pair_of_run',
-           'free_port', 'start_server', 'playground_parser', 'page_config', 'refuse_taken_port', 'open_page',
-           'what_is_shown', 'run_page', 'playground_command']
+           'new_conversation', 'ask', 'shortened', 'preset_picker', 'controls', 'told_of_silence', 'live_page',
+           'episode_title', 'replay_page', 'sidebar', 'draw_conversation', 'after_the_answers', 'page', 'ServedPair',
+           'pair_of_run', 'free_port', 'start_server', 'playground_parser', 'page_config', 'fair_pair',
+           'refuse_taken_port', 'open_page', 'what_is_shown', 'run_page', 'playground_command']
 
 # %% ../nbs/15g_playground.ipynb #139ae707
 import argparse
@@ -101,6 +101,7 @@ PAGE_TEXT = {
         queued="Ждёт своей очереди…",
         cut="Оборвано: кончился предел токенов. Его можно поднять в настройках.",
         no_answer="До ответа не дошло",
+        rested="Черновик отдыхал: сервер занят, и на нём черновик сейчас не окупается.",
         point=",",
         tokens="токенов",
         ttft_s="до первого, с",
@@ -129,6 +130,7 @@ PAGE_TEXT = {
         vote_both_bad="Оба плохи",
         voted="Голос учтён, имена открыты. Следующий вопрос начнёт новую беседу.",
         ranking="Рейтинг Брэдли — Терри",
+        no_ranking="Рейтинга пока нет: в файле модель сравнивали только с самой собой.",
         strength="сила",
         strength_lo="от",
         strength_hi="до",
@@ -197,6 +199,7 @@ PAGE_TEXT = {
         queued="Waiting for its turn…",
         cut="Cut off: the token limit was reached. It can be raised in the settings.",
         no_answer="It did not get to an answer",
+        rested="The draft rested: the server is busy, and a draft does not pay there now.",
         point=".",
         tokens="tokens",
         ttft_s="to first, s",
@@ -225,6 +228,7 @@ PAGE_TEXT = {
         vote_both_bad="Both bad",
         voted="Vote counted, names uncovered. The next question begins a new conversation.",
         ranking="Bradley–Terry ranking",
+        no_ranking="No ranking yet: in the file a model was only compared with itself.",
         strength="strength",
         strength_lo="from",
         strength_hi="to",
@@ -382,6 +386,7 @@ def side_settings(st, words: dict[str, str], side: str, given: dict) -> PaneSett
 # %% ../nbs/15g_playground.ipynb #60c427e6
 LAYOUT = """<style>
 .stMainBlockContainer{padding-top:2.75rem}
+@media(max-width:640px){.stMainBlockContainer{padding-top:3.75rem}}
 .stMainBlockContainer h2{font-size:1.6rem;padding:.4rem 0}
 [data-testid="stBottomBlockContainer"]{padding-bottom:1.25rem}
 .who{font-size:1.1rem;font-weight:600;margin:0;padding:0;overflow-wrap:anywhere}
@@ -414,6 +419,7 @@ def side_title(words: dict[str, str], settings: PaneSettings) -> str:
     "A side's model, its mode and, where a recording tells, its decoding."
     parts = [settings["model"], words[settings["mode"]]]
     if decoding := settings.get("decoding"):
+        parts[0] = parts[0].removesuffix("-plain").removesuffix(" + EAGLE")
         parts.append(words["plain" if decoding == "plain" else "draft"])
     return " · ".join(parts)
 
@@ -450,6 +456,8 @@ def draw_status(st, words: dict[str, str], pane: Pane, masked: bool) -> None:
         st.caption(words["stopped"])
     elif pane.finish == "length":
         st.caption(words["cut"])
+    if pane.meta.get("spec_rested_tokens") and not masked:
+        st.caption(words["rested"])
 
 
 def draw_details(st, words: dict[str, str], pane: Pane, rows: list[StepRow]) -> None:
@@ -600,6 +608,25 @@ def controls(st, words: dict[str, str], questions: dict[str, list[str]]) -> str:
     return (prompt or "").strip() or session.pop("chosen", "")
 
 
+def told_of_silence(st, words: dict[str, str], settings: dict[str, PaneSettings]) -> None:
+    "Which server does not answer, and what to do; the page notices when it does."
+
+    def answers(side: str) -> bool:
+        return bool(known_models(st, settings[side]["url"], settings[side]["key"]))
+
+    silent = [side for side in SIDES if not answers(side)]
+    for side in silent:
+        where = escaped_markdown(f"{words[side]}: {settings[side]['url']}")
+        st.warning(f"{where}: {words['nobody']}. {words['start']}")
+
+    @st.fragment(run_every=3 if silent else None)
+    def look_again():
+        if any(answers(side) for side in silent):
+            st.rerun()
+
+    look_again()
+
+
 def live_page(st, words: dict[str, str], config: dict, chosen: PageChoices) -> None:
     "Both sides' settings at the side, the question at the bottom."
     session = st.session_state
@@ -617,10 +644,7 @@ def live_page(st, words: dict[str, str], config: dict, chosen: PageChoices) -> N
                 column.html(f'<h3 class="who">{words[side]}: {told}</h3>')
         preset_picker(st, words, questions)
         prompt = session.pop("chosen", "")
-    for side in SIDES:
-        if not known_models(st, settings[side]["url"], settings[side]["key"]):
-            where = escaped_markdown(f"{words[side]}: {settings[side]['url']}")
-            st.warning(f"{where}: {words['nobody']}. {words['start']}")
+    told_of_silence(st, words, settings)
     if prompt:
         ask(session, settings, prompt, chosen)
         st.rerun()
@@ -754,9 +778,12 @@ def after_the_answers(st, words: dict[str, str], chosen: PageChoices) -> None:
     "In the sidebar: the ranking of the votes' file, and the conversation as a recording."
     session = st.session_state
     if chosen.votes and Path(chosen.votes).exists():
-        st.sidebar.caption(words["ranking"])
-        st.sidebar.table(ranking_table(words, chosen.votes))
-    if chosen.source == "live" and session.turns and not session.turns[-1].running:
+        ranked = ranking_table(words, chosen.votes)
+        st.sidebar.caption(words["ranking" if ranked else "no_ranking"])
+        if ranked:
+            st.sidebar.table(ranked)
+    ended = bool(session.turns) and not session.turns[-1].running
+    if chosen.source == "live" and ended and (session.get("voted") or not chosen.blind):
         recording = session_replay(session.turns, f"{datetime.now():%F %T}")
         st.sidebar.download_button(words["save"], recording, "replay.jsonl", key="save")
 
@@ -789,6 +816,10 @@ class ServedPair:
     draft: str | None
     tree: str  # depth,topk,nodes
 
+    @property
+    def name(self) -> str:
+        return Path(self.model).absolute().name
+
 
 def pair_of_run(run: Path) -> ServedPair | None:
     "What a run's chapters 09, 11c and 14c left behind; None where it is missing."
@@ -808,26 +839,30 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def start_server(pair: ServedPair) -> tuple[subprocess.Popen, str]:
-    "The embedded server in a child process, and its URL once it answers; or a `UserError`."
+def start_server(pair: ServedPair, started: Callable[[subprocess.Popen], object]) -> str:
+    """The embedded server in a child process, told to `started`; its URL once it answers.
+
+    `UserError` where it does not."""
     import httpx
 
     port = free_port()
     command = [sys.executable, "-m", "tpro_nb.server", pair.model]
-    command += ["--name", "model", "--port", str(port), "--tree", pair.tree]
+    command += ["--name", pair.name, "--port", str(port), "--tree", pair.tree]
     if pair.draft:
-        command += ["--draft", pair.draft]
+        # by itself the server lets a draft rest while two run: here it is what one came to see
+        command += ["--draft", pair.draft, "--draft-up-to", "2"]
     environment = {name: value for name, value in os.environ.items() if name != "TPRO_NB_API_KEY"}
+    print(f"loading {pair.model}", flush=True)
     server = subprocess.Popen(command, env=environment)
+    started(server)
     for _ in range(1200):
         if server.poll() is not None:
             raise UserError(f"the server for {pair.model} did not start; its message is above")
         try:
             httpx.get(f"http://127.0.0.1:{port}/health", timeout=1).raise_for_status()
-            return server, f"http://127.0.0.1:{port}/v1"
+            return f"http://127.0.0.1:{port}/v1"
         except httpx.HTTPError:
             time.sleep(0.1)
-    server.terminate()
     raise UserError(f"the server for {pair.model} did not answer within two minutes")
 
 # %% ../nbs/15g_playground.ipynb #c0f905d0
@@ -857,8 +892,8 @@ def playground_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def page_config(args: argparse.Namespace) -> tuple[dict, subprocess.Popen | None]:
-    "The page's configuration, and the server that was started for it, if any."
+def page_config(args: argparse.Namespace) -> tuple[dict, ServedPair | None]:
+    "The page's configuration, and the model to start for it, if any."
     run = (project_root() or Path.cwd()) / args.run
     config: dict[str, Any] = dict(lang=args.lang)
     tmath = run / "04b_tmath" / "test.jsonl"
@@ -871,20 +906,19 @@ def page_config(args: argparse.Namespace) -> tuple[dict, subprocess.Popen | None
         config["left"] = dict(url=args.left or args.right)
         config["right"] = dict(url=args.right or args.left)
         return config, None
-    pair = None
     if args.model:
-        pair = ServedPair(args.model, args.draft, args.tree)
-    elif not args.replay:
-        pair = pair_of_run(run)
-    if not pair:
-        return config, None
-    server, url = start_server(pair)
-    config["left"] = dict(url=url, model="model")
-    config["right"] = dict(url=url, model="model")
+        return config, ServedPair(args.model, args.draft, args.tree)
+    return config, None if args.replay else pair_of_run(run)
+
+
+def fair_pair(pair: ServedPair, url: str) -> dict[str, dict]:
+    "Both sides on one model: draft off and draft on, where there is one."
+    left = dict(url=url, model=pair.name)
+    right = dict(url=url, model=pair.name)
     if pair.draft:
-        config["left"] |= dict(model="model-plain", decoding="plain")
-        config["right"] |= dict(decoding="EAGLE")
-    return config, server
+        left |= dict(model=f"{pair.name}-plain", decoding="plain")
+        right |= dict(decoding="EAGLE")
+    return dict(left=left, right=right)
 
 # %% ../nbs/15g_playground.ipynb #5e1985b4
 def refuse_taken_port(port: int) -> None:
@@ -939,9 +973,9 @@ def run_page(argv: list[str] | None, started: Callable[[subprocess.Popen], objec
     import openai  # noqa: F401 - missing is said before a server is started
     import streamlit  # noqa: F401
 
-    config, server = page_config(args)
-    if server:
-        started(server)
+    config, pair = page_config(args)
+    if pair:
+        config |= fair_pair(pair, start_server(pair, started))
     streamlit_process = open_page(config, args.port)
     started(streamlit_process)
     shown = what_is_shown(config, args)
