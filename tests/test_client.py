@@ -130,7 +130,8 @@ def test_a_server_that_serves_nobody_stops_the_run(tmp_path, says):
         server.say = in_turn(GOOD)
         before = len(server.asked)
         assert endpoint(server, tmp_path).ask(CHAT, bodies, said) == ["да"] * 60
-        assert len(server.asked) - before == 60 - answered
+        # a worker may have sent one more before it heard of the end
+        assert 0 <= len(server.asked) - before - (60 - answered) <= 1
 
 
 def test_refusals_between_answers_stop_nothing(tmp_path):
@@ -150,6 +151,20 @@ def test_refusals_between_answers_stop_nothing(tmp_path):
 def test_a_name_that_is_no_endpoint(name, tmp_path):
     with pytest.raises(UserError, match="no endpoint"):
         Endpoint(name, Kept(tmp_path / "k.jsonl"))
+
+
+def test_a_proxy_that_cannot_be_used_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "gopher://nowhere")
+    with pytest.raises(UserError, match="proxy"):
+        Endpoint("http://h/v1 m", Kept(tmp_path / "k.jsonl"))
+
+
+def test_any_text_can_be_asked(tmp_path):
+    with Stub(lambda asked, number: Said(asked_text(asked))) as server:
+        strange = ["\ud800 half a pair", "\u2028\x85", "😀", "\x00"]
+        replies = endpoint(server, tmp_path).ask(CHAT, [body(text) for text in strange], said)
+    assert replies[1:] == strange[1:]
+    assert len(replies) == 4
 
 
 def test_an_address_may_be_written_in_three_ways(tmp_path):

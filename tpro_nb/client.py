@@ -4,7 +4,7 @@
 __all__ = ['UNUSABLE_QUESTION', 'NOBODY_IS_SERVED', 'NOT_THERE', 'NONSENSE', 'MISSES_IN_SUCCESSION', 'WHY_REFUSED',
            'LONGEST_ANSWER', 'LONGEST_PAUSE', 'LONGEST_REQUESTED_PAUSE', 'MESSAGE_TEXTS', 'STREAMED', 'ENDINGS',
            'Unanswered', 'RefusedQuestion', 'ServerGone', 'question_key', 'Kept', 'requested_pause', 'BadStatus',
-           'error_words', 'no_error_inside', 'ChatInPieces', 'event_data', 'read_reply', 'GivenUp', 'Endpoint']
+           'error_words', 'no_error_inside', 'ChatInPieces', 'event_data', 'read_reply', 'GivenUp', 'Wire', 'Endpoint']
 
 # %% ../nbs/00d_client.ipynb #66db3ee2
 import hashlib
@@ -258,11 +258,87 @@ def read_reply(
         text = "<think>" + text
     return dict(response=text, finished=why != "length", tokens=tokens)
 
-# %% ../nbs/00d_client.ipynb #f17aec39
+# %% ../nbs/00d_client.ipynb #f17aec3b
 class GivenUp(Exception):
     "The run has ended, by an error or by hand: this worker shall not wait or read on."
 
 
+class Wire:
+    "The way to one server: a request goes out, an answer comes in, or the reason why not."
+
+    def __init__(self, url: str):
+        self.url = url
+        self.given_up = threading.Event()
+        self.heard: Callable[[], None] | None = None  # called for every piece of a stream
+        try:
+            self.http = httpx.Client(limits=httpx.Limits(max_connections=None))
+        except (ImportError, ValueError) as error:  # by what HTTP_PROXY and its kin say
+            raise UserError(f"no way to {url} through the proxy that is set: {error}") from error
+
+    def parts(self, response: httpx.Response) -> Iterator[bytes]:
+        "The answer's bytes as they come; ValueError for too many."
+        size = 0
+        for part in response.iter_bytes():
+            size += len(part)
+            if size > LONGEST_ANSWER:
+                raise ValueError(f"an answer over {LONGEST_ANSWER // 1_000_000} MB")
+            if self.given_up.is_set():
+                raise GivenUp
+            yield part
+
+    def in_one(self, response: httpx.Response, timeout_s: float) -> str:
+        "The whole answer; TimeoutError for one that drips."
+        deadline = time.monotonic() + timeout_s
+        answer = bytearray()
+        for part in self.parts(response):
+            answer += part
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not whole after {timeout_s:g} s")
+        return answer.decode("utf-8", "replace")
+
+    def in_pieces(self, response: httpx.Response, timeout_s: float) -> dict:
+        "The streamed answer; TimeoutError for a silence, ValueError for one that was cut."
+        pieces = ChatInPieces()
+        heard = time.monotonic()
+        for data in event_data(self.parts(response)):
+            now = time.monotonic()
+            if now - heard > timeout_s:
+                raise TimeoutError(f"no new piece for {timeout_s:g} s")
+            if data == "[DONE]":
+                break
+            if data:
+                heard = now
+                pieces.add(json.loads(data))
+                if self.heard:
+                    self.heard()
+        return pieces.whole()
+
+    def once(self, path: str, body: dict, timeout_s: float) -> dict:
+        "The answer to one request; BadStatus, httpx.RequestError, OSError or ValueError."
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        if path == "/chat/completions":
+            body = body | STREAMED
+        request = self.http.build_request(
+            "POST",
+            self.url + path,
+            content=json.dumps(body).encode(),
+            headers=headers,
+            timeout=httpx.Timeout(timeout_s, connect=min(30.0, timeout_s), pool=None),
+        )
+        with closing(self.http.send(request, stream=True)) as response:
+            if not response.is_success:
+                pause = requested_pause(response.headers.get("Retry-After", ""))
+                said = error_words(self.in_one(response, timeout_s))
+                raise BadStatus(response.status_code, said, pause)
+            if response.headers.get("Content-Type", "").startswith("text/event-stream"):
+                return self.in_pieces(response, timeout_s)
+            answer = json.loads(self.in_one(response, timeout_s))
+            no_error_inside(answer)
+            return answer
+
+# %% ../nbs/00d_client.ipynb #f17aec39
 class Endpoint:
     """An OpenAI-compatible endpoint, named `URL model`, whose answers are kept on disk.
 
@@ -298,9 +374,9 @@ class Endpoint:
         self.retries = retries
         self.wait_s = wait_s
         self.workers = workers
-        self.http = httpx.Client(limits=httpx.Limits(max_connections=None))
+        self.wire = Wire(self.url)
+        self.wire.heard = self._show_piece
         self.lock = threading.Lock()
-        self.given_up = threading.Event()
         self.free_at = 0.0  # when the next request may go out, on the monotonic clock
         self.misses = 0  # unanswered questions in succession
         self.answers = 0  # of this session
@@ -310,7 +386,7 @@ class Endpoint:
         self.bar: Any = None  # tqdm's, while a run is shown
 
     def _wait(self, seconds: float) -> None:
-        if self.given_up.wait(max(0.0, seconds)):
+        if self.wire.given_up.wait(max(0.0, seconds)):
             raise GivenUp
 
     def _turn(self) -> None:
@@ -325,43 +401,9 @@ class Endpoint:
         with self.lock:
             self.free_at = max(self.free_at, time.monotonic() + seconds)
 
-    def _parts(self, response: httpx.Response) -> Iterator[bytes]:
-        "The answer's bytes as they come; ValueError for too many."
-        size = 0
-        for part in response.iter_bytes():
-            size += len(part)
-            if size > LONGEST_ANSWER:
-                raise ValueError(f"an answer over {LONGEST_ANSWER // 1_000_000} MB")
-            if self.given_up.is_set():
-                raise GivenUp
-            yield part
-
-    def _in_one(self, response: httpx.Response) -> bytes:
-        "The whole answer; TimeoutError for one that drips."
-        deadline = time.monotonic() + self.timeout_s
-        answer = bytearray()
-        for part in self._parts(response):
-            answer += part
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not whole after {self.timeout_s:g} s")
-        return bytes(answer)
-
-    def _in_pieces(self, response: httpx.Response) -> dict:
-        "The streamed answer; TimeoutError for a silence, ValueError for one that was cut."
-        pieces = ChatInPieces()
-        heard = time.monotonic()
-        for data in event_data(self._parts(response)):
-            now = time.monotonic()
-            if now - heard > self.timeout_s:
-                raise TimeoutError(f"no new piece for {self.timeout_s:g} s")
-            if data == "[DONE]":
-                break
-            if data:
-                heard = now
-                pieces.add(json.loads(data))
-                self.pieces += 1
-                self._show()
-        return pieces.whole()
+    def _show_piece(self) -> None:
+        self.pieces += 1
+        self._show()
 
     def _show(self) -> None:
         "Let the progress bar move while answers are long, and while there are none."
@@ -370,32 +412,10 @@ class Endpoint:
             self.bar.set_postfix_str(f"{self.pieces:,} tokens{trouble}", refresh=False)
             self.bar.update(0)
 
-    def _once(self, path: str, body: dict) -> dict:
-        "The server's answer to one request; BadStatus, httpx.RequestError, OSError or ValueError."
-        headers = {}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        if path == "/chat/completions":
-            body = body | STREAMED
-        patience = httpx.Timeout(self.timeout_s, connect=min(30.0, self.timeout_s), pool=None)
-        asked = self.http.build_request(
-            "POST", self.url + path, json=body, headers=headers, timeout=patience
-        )
-        with closing(self.http.send(asked, stream=True)) as response:
-            if not response.is_success:
-                pause = requested_pause(response.headers.get("Retry-After", ""))
-                said = self._in_one(response).decode("utf-8", "replace")
-                raise BadStatus(response.status_code, error_words(said), pause)
-            if response.headers.get("Content-Type", "").startswith("text/event-stream"):
-                return self._in_pieces(response)
-            answer = json.loads(self._in_one(response))
-            no_error_inside(answer)
-            return answer
-
     def _attempt(self, path: str, body: dict, read: Callable[[dict], Any]) -> Any:
         "`read(answer)`, or an `Unanswered`; ServerGone where no question would be answered."
         try:
-            return read(self._once(path, body))
+            return read(self.wire.once(path, body, self.timeout_s))
         except BadStatus as bad:
             if bad.status in UNUSABLE_QUESTION or (bad.status == 403 and self.answers):
                 return RefusedQuestion(str(bad))
@@ -488,5 +508,5 @@ class Endpoint:
             try:
                 return self.kept.each(who, bodies, post_each, workers=self.workers)
             except BaseException:
-                self.given_up.set()
+                self.wire.given_up.set()
                 raise
