@@ -42,6 +42,7 @@ def arguments(url, questions, out, *more, eagle="toy"):
         *("--prompts", "2"),
         *("--temperatures", "0", "0.8"),
         *("--concurrency", "1", "3"),
+        *("--repeats", "2"),
         *more,
     ]
 
@@ -50,8 +51,9 @@ def test_a_whole_run_and_its_tables(url, questions, tmp_path, monkeypatch):
     out = tmp_path / "bench"
     assert bench_command(arguments(url, questions, out)) == 0
     rows = read_jsonl(out / "requests.jsonl")
-    assert len(rows) == 2 * 2 * 2 * 2 * 3
+    assert len(rows) == 2 * 2 * 2 * 2 * 2 * 3
     assert not any("error" in row for row in rows)
+    assert [row["repeat"] for row in rows] == [0] * 48 + [1] * 48  # all cells, then all again
     assert len({tuple(row["at"]) for row in rows}) == len(rows)
     for row in rows:
         assert bool(row["acceptance_length"]) == (row["side"] == "eagle")
@@ -109,4 +111,4 @@ def test_failed_requests_are_counted_and_their_partners_left_out(
     bench_command(arguments(url, questions, out))
     averages = benchmark_tables(read_jsonl(out / "requests.jsonl"))["averages"]
     assert averages[0]["prompts"] == 2
-    assert averages[0]["failed"] == 1
+    assert averages[0]["failed"] == 2  # once in every round

@@ -434,11 +434,11 @@ def test_full_queue_and_time_limit(folders):
         assert answer(post(url, body())) == direct(svc)
 
 
-def submit(svc, prompt, new=8, tree=SHAPE, seconds=60, **more):
+def submit(svc, prompt, new=8, tree=SHAPE, salt="", **more):
     "A job of bare ids, and the items that it is told."
     items = []
-    deadline = time.monotonic() + seconds
-    job = Job(TextRequest(prompt, new, tree, **more), [], deadline, items.append)
+    deadline = time.monotonic() + 60
+    job = Job(TextRequest(prompt, new, tree, **more), [], deadline, items.append, salt=salt)
     svc.sched.submit(job)
     return job, items
 
@@ -500,6 +500,28 @@ def test_only_so_many_are_kept_the_oldest_goes_first(folders):
     # three places: the first two were displaced when the fourth and the second came
     assert kept == [0, 0, 0, 0, 19, 19, 0]
     svc.sched.close()
+
+
+def test_nothing_is_used_again_across_salts_or_servers(folders, tmp_path):
+    prompt = list(range(40, 70))
+    svc, other = service(folders), service(talkative(tmp_path))
+    for at, salt, kept in (
+        (svc, "a", 0),
+        (svc, "b", 0),
+        (svc, "", 0),
+        (other, "a", 0),
+        (svc, "a", 29),
+    ):
+        job, items = submit(at, prompt, salt=salt)
+        ended(items)
+        assert job.cached == kept, salt
+        assert tokens_of(at, items) == alone(at, prompt)
+    with held_up(svc):  # nor does one wait for the other
+        (first, told), (second, told_too) = (submit(svc, [9] * 60, salt=salt) for salt in "ab")
+    ended(told, told_too)
+    assert first.cached == second.cached == 0
+    svc.sched.close()
+    other.sched.close()
 
 
 def test_the_draft_begins_anew_after_a_plain_text(folders):

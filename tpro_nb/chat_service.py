@@ -54,7 +54,6 @@ UNUSED = {  # fields that cannot change the text
     "prediction": "only saves time; guesses are the draft's",
     "parallel_tool_calls": "there are no tools",
     "priority": "all requests run together",
-    "cache_salt": "only saves time",
     "request_id": "the answer has its own",
     "rid": "the answer has its own",
     "spaces_between_special_tokens": "special tokens are not shown",
@@ -289,6 +288,9 @@ class AnswerRequest(BaseModel):
     )
     ignore_eos: bool | None = Field(False, description="go on to the limit; SGLang's")
     return_steps: bool | None = Field(False, description="rows of the event log; ours")
+    cache_salt: str | None = Field(
+        None, max_length=256, description="no prompt of another salt is used again; vLLM's"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -750,6 +752,7 @@ class Service:
             opened=prompt.opened,
             thinks=chat,
             ignore_eos=bool(request.ignore_eos),
+            salt=request.cache_salt or "",
             left_out=list(prompt.left_out),
         )
 

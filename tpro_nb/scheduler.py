@@ -228,6 +228,7 @@ class Place:
 
     base: int
     held: Held = field(default_factory=Held)
+    salt: str = ""  # whose it is: only the same salt may use it again
     free: bool = True
     left: int = 0  # when it was left; a later one has a larger number
 
@@ -243,18 +244,19 @@ class Places:
         self.all = [Place(number * dec.room) for number in range(running + kept)]
         self.departures = 0
 
-    def best(self, prompt: Sequence[int], drafting: bool) -> tuple[int, Place]:
+    def best(self, prompt: Sequence[int], drafting: bool, salt: str = "") -> tuple[int, Place]:
         "Most tokens of a prompt that need not be read again, and where they are."
-        if not self.kept:
-            return 0, self.all[0]
-        counts = [reusable(place.held, prompt, drafting) for place in self.all]
+        counts = [0] * len(self.all)
+        for number, place in enumerate(self.all):
+            if self.kept and place.salt == salt:
+                counts[number] = reusable(place.held, prompt, drafting)
         count = max(counts)
         return count, self.all[counts.index(count)]
 
-    def take(self, prompt: Sequence[int], drafting: bool) -> Place:
+    def take(self, prompt: Sequence[int], drafting: bool, salt: str = "") -> Place:
         "A free place for a text; what it may use again is in `held`. `IndexError` where none is."
-        count, source = self.best(prompt, drafting)
-        goes_on = source.free and 2 * (count + 1) >= len(source.held.tokens)
+        count, source = self.best(prompt, drafting, salt)
+        goes_on = count and source.free and 2 * (count + 1) >= len(source.held.tokens)
         by_age = sorted((place for place in self.all if place.free), key=lambda place: place.left)
         others = [place for place in by_age if place is not source or not count]
         place = source if goes_on or not others else others[0]
@@ -264,6 +266,7 @@ class Places:
                 self.dec.draft.copy(source.base, place.base, count)
         place.held = Held(list(prompt[:count]), min(count, source.held.drafted))
         place.free = False
+        place.salt = salt
         return place
 
     def forget(self, kept: int) -> None:
@@ -413,6 +416,7 @@ class Job:
     opened: bool = False  # the prompt ends inside a thought
     thinks: bool = True  # False: a thought is text like any other
     ignore_eos: bool = False  # only the limit and stop strings end it
+    salt: str = ""  # no prompt with another one is used again
     left_out: list[str] = field(default_factory=list)  # what the template did not take
     cancelled: bool = False
     # when
@@ -696,9 +700,9 @@ class Scheduler:
         prompt = current.job.asked.prompt
         if current.text is not None or not self.places.kept:
             return False
-        count, _ = self.places.best(prompt, current.drafting)
+        count, _ = self.places.best(prompt, current.drafting, current.job.salt)
         for other in self.running:
-            helps = other.drafting or not current.drafting
+            helps = other.job.salt == current.job.salt and (other.drafting or not current.drafting)
             if other.text is None or not other.reading or not helps:
                 continue
             if common_prefix(other.job.asked.prompt, prompt) - 1 > count:
@@ -708,7 +712,7 @@ class Scheduler:
     def begin(self, current: Running) -> None:
         "Give a text its place, and hear what it asks for first."
         job = current.job
-        current.place = place = self.places.take(job.asked.prompt, current.drafting)
+        current.place = place = self.places.take(job.asked.prompt, current.drafting, job.salt)
         job.cached = len(place.held.tokens)
         task = DecodeTask(
             prompt=job.asked.prompt,
