@@ -7,7 +7,15 @@ import time
 import pytest
 from stub_server import Said, Stub, asked_text, in_turn
 
-from tpro_nb.client import Endpoint, Kept, RefusedQuestion, Unanswered, read_reply, requested_pause
+from tpro_nb.client import (
+    Endpoint,
+    Kept,
+    RefusedQuestion,
+    ServerGone,
+    Unanswered,
+    read_reply,
+    requested_pause,
+)
 from tpro_nb.core import UserError
 
 FAST = dict(per_s=1000, timeout_s=0.3, wait_s=0.01, workers=1)
@@ -114,6 +122,7 @@ def test_half_of_all_requests_fail_and_no_answer_is_lost(tmp_path):
 STOPS = {  # what the server does, by the number of the request → what the run says
     "HTTP 401": lambda number: Said(status=401),
     "HTTP 404.*end in /v1": lambda number: Said(status=404),
+    "HTTP 308": lambda number: Said(status=308, headers={"Location": "https://h"}),
     "HTTP 402": lambda number: GOOD if number < 5 else Said(status=402),
     "twenty questions in succession": lambda number: GOOD if number <= 5 else Said(status=503),
     "refused the first twenty.*n_ctx": lambda number: Said(status=400, body="n_ctx"),
@@ -132,6 +141,31 @@ def test_a_server_that_serves_nobody_stops_the_run(tmp_path, says):
         assert endpoint(server, tmp_path).ask(CHAT, bodies, said) == ["да"] * 60
         # a worker may have sent one more before it heard of the end
         assert 0 <= len(server.asked) - before - (60 - answered) <= 1
+
+
+def test_a_wrong_port_is_no_night_of_waiting(tmp_path, monkeypatch):
+    with Stub(in_turn(GOOD)) as server:
+        pass  # nobody listens there any more
+    monkeypatch.setattr("tpro_nb.client.REACHED_WITHIN_S", 0.05)
+    with pytest.raises(ServerGone, match="cannot be reached.*is this its address"):
+        endpoint(server, tmp_path, retries=100).ask(CHAT, [body()], said)
+
+
+def test_a_server_that_restarts_is_waited_for(tmp_path):
+    port = []
+
+    def comes_back():
+        time.sleep(0.3)
+        back = Stub(in_turn(Said("да")), port[0])
+        back.__enter__()
+        restarted.append(back)
+
+    restarted = []
+    with Stub(in_turn(GOOD)) as server:
+        port.append(server.server_port)
+    threading.Thread(target=comes_back).start()
+    assert endpoint(server, tmp_path, retries=12).ask(CHAT, [body()], said) == ["да"]
+    restarted[0].__exit__()
 
 
 def test_refusals_between_answers_stop_nothing(tmp_path):

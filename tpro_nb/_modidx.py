@@ -608,6 +608,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'tpro_nb.client.RefusedQuestion': ('client.html#refusedquestion', 'tpro_nb/client.py'),
                                 'tpro_nb.client.ServerGone': ('client.html#servergone', 'tpro_nb/client.py'),
                                 'tpro_nb.client.Unanswered': ('client.html#unanswered', 'tpro_nb/client.py'),
+                                'tpro_nb.client.Unreached': ('client.html#unreached', 'tpro_nb/client.py'),
                                 'tpro_nb.client.Wire': ('client.html#wire', 'tpro_nb/client.py'),
                                 'tpro_nb.client.Wire.__init__': ('client.html#wire.__init__', 'tpro_nb/client.py'),
                                 'tpro_nb.client.Wire.in_one': ('client.html#wire.in_one', 'tpro_nb/client.py'),
