@@ -1586,7 +1586,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'tpro_nb.grader.LinearEquation': ('grader.html#linearequation', 'tpro_nb/grader.py'),
                                 'tpro_nb.grader.Matrix': ('grader.html#matrix', 'tpro_nb/grader.py'),
                                 'tpro_nb.grader.Measure': ('grader.html#measure', 'tpro_nb/grader.py'),
-                                'tpro_nb.grader.Measured': ('grader.html#measured', 'tpro_nb/grader.py'),
+                                'tpro_nb.grader.MeasuredExpression': ('grader.html#measuredexpression', 'tpro_nb/grader.py'),
                                 'tpro_nb.grader.MemberSet': ('grader.html#memberset', 'tpro_nb/grader.py'),
                                 'tpro_nb.grader.NamedValues': ('grader.html#namedvalues', 'tpro_nb/grader.py'),
                                 'tpro_nb.grader.NoSolution': ('grader.html#nosolution', 'tpro_nb/grader.py'),

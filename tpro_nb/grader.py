@@ -7,41 +7,42 @@ __all__ = ['Member', 'Form', 'BOX', 'MOST_CLAIMS', 'LATIN_UNITS', 'DRESSING', 'L
            'WORDS_OF_A_UNIT', 'RUSSIAN_NAMES', 'BARE_FUNCTION', 'IN_DEGREES', 'FUNCTION_OF_WHAT', 'OTHER_BASE_OR_FRAC',
            'RANGE', 'STRANGE', 'LARGE', 'COMMANDS', 'LONGEST_EXPRESSION', 'DEEPEST_EXPRESSION', 'LETTER_NOT_WORD',
            'UNKNOWN_BEFORE', 'FUNCTION_NAME', 'SUM_BEFORE', 'NO_SOLUTION', 'FROM_THE_RIGHT', 'BETWEEN', 'ALL_BUT',
-           'ONE_SIDED', 'MIRRORED', 'WHOLE_LINE', 'YES_OR_NO', 'BUT', 'WINNER', 'MATRIX', 'ARRAY', 'TERM',
+           'ONE_SIDED', 'MIRRORED', 'ALL_WITH', 'WHOLE_LINE', 'YES_OR_NO', 'BUT', 'WINNER', 'MATRIX', 'ARRAY', 'TERM',
            'FRAC_OF_LETTER', 'READERS', 'LONGEST_WRITTEN', 'LONGEST_CLEANED', 'UNFINISHED', 'NUMERALS', 'TEENS', 'TENS',
            'ENGLISH_NUMERALS', 'INTRODUCED', 'BOUNDS', 'ABOUT_LETTERS', 'BECAUSE', 'REMARK', 'HARMLESS_REMARK',
            'SYSTEM', 'LABEL', 'LEADING_IN', 'ANSWER_IS_SO', 'NOT_MINE', 'SENTENCE_END', 'TERM_BEFORE', 'HEDGES',
            'HEDGED_BEFORE', 'CONTINUATIONS', 'GOES_ON', 'TERM_AFTER', 'UNIT_AFTER', 'CLAUSE_END', 'DENIED_BEFORE',
            'UNSURE_BEFORE', 'DENIAL', 'OTHER_AMOUNT', 'ABOUT_ANSWER', 'OTHERS_DENIED', 'WHERE_ATTAINED', 'MODULUS',
            'COURTESY', 'HENCE', 'CONFIRMED', 'CHECKED', 'RESTATED', 'EXPLAINED', 'ANY_NUMBER', 'LONGEST_ENDING',
-           'LONGEST_SENTENCE', 'EQUATION', 'POWER', 'IT_HOLDS', 'RETRACTION', 'BOTH', 'ANSWER_CONDITION',
-           'AGREEING_DIGITS', 'common_worker', 'CompareExpressions', 'VERDICT_OF', 'CHOICE_WORD', 'NAMED', 'MOST_SIDES',
-           'NOTATIONS', 'CHOICE_LETTERS', 'LATIN_LOOKS', 'OPTION_WORD', 'FIRST_LETTER', 'LONE_LETTER', 'ANSWER_KINDS',
-           'Accepts', 'OTHER_GRADERS', 'after_think', 'has_trace', 'Infinity', 'Expression', 'Span', 'Quantity',
-           'Measured', 'SpanUnion', 'MemberSet', 'NamedValues', 'Family', 'NoSolution', 'Words', 'Matrix', 'BaseNumber',
-           'Ratio', 'LinearEquation', 'Box', 'brace_step', 'closing_brace', 'boxes', 'unboxed', 'clean',
-           'inside_brackets', 'plain_commas', 'with_slash', 'decimal_value', 'number', 'Measure', 'derived_measure',
-           'unit_measure', 'quantity', 'cut_unit', 'latin_letters', 'translated', 'in_radians', 'bracket_depths',
-           'harmless', 'expression', 'split_outside', 'items', 'bracketed', 'set_member', 'Unreadable', 'Cleaned',
-           'spellings_of', 'read_no_solution', 'read_family', 'read_quantity', 'inequality', 'on_the_line',
-           'by_beginning', 'touch', 'union', 'read_inequality', 'letter_before', 'shared_unit', 'both_signs',
-           'member_set', 'in_braces', 'read_set', 'intervals', 'read_union', 'read_whole_line', 'read_span',
-           'read_two_roots', 'read_plus_minus', 'read_list', 'read_yes_or_no', 'read_words', 'read_expression',
-           'read_measured', 'read_base_number', 'read_ratio', 'read_from_to', 'matrix_entry', 'read_matrix',
-           'linear_terms', 'linear_equation', 'numeral', 'without_remark', 'without_words', 'in_one_line', 'parse',
-           'AnswerClaim', 'without_markdown', 'line_at', 'leading_in', 'labelled_claims', 'claims_in', 'any_of',
-           'clause_before', 'stands_alone', 'with_unit', 'whole_words', 'numbers_in', 'as_arithmetic', 'checks_out',
-           'holds', 'denies', 'harmless_sentence', 'contradicted', 'same_claim', 'under_condition', 'value_before_box',
-           'said_in_box', 'behind', 'bare_answer', 'final_answer', 'exact_decimals', 'misread', 'group_at',
-           'restrictions', 'has_letters', 'restricted_factors', 'compare_expressions', 'serve_comparisons', 'Worker',
-           'as_latex', 'compare_members', 'compare_spans', 'match_members', 'compare_quantities', 'english_thousands',
-           'forgotten_family', 'compare_values', 'compare_measured', 'compare_sets', 'by_numbers', 'tight',
-           'without_spaces', 'same_word', 'one_letter', 'compare_ratios', 'compare_matrices', 'compare_words',
-           'with_colon', 'chain_of_equals', 'compare', 'compare_kinds', 'grade', 'KeyedReply', 'chosen_letter',
-           'grade_letter', 'last_words', 'grade_text', 'AnswerKind', 'grade_value', 'said_value', 'same_value',
-           'said_letter', 'said_words', 'same_text', 'grade_many', 'grader_cases', 'read_cases', 'grade_cases',
-           'GraderScore', 'accepted_by_math_verify', 'accepted_by_hendrycks', 'accepted_by_minerva',
-           'installed_graders', 'score_grader', 'who_is_right', 'compare_graders', 'compare_command']
+           'LONGEST_SENTENCE', 'EQUATION', 'POWER', 'IT_HOLDS', 'END_OF_FORMULA', 'RETRACTION', 'BOTH',
+           'ANSWER_CONDITION', 'AGREEING_DIGITS', 'common_worker', 'CompareExpressions', 'VERDICT_OF', 'CHOICE_WORD',
+           'NAMED', 'MOST_SIDES', 'NOTATIONS', 'CHOICE_LETTERS', 'LATIN_LOOKS', 'OPTION_WORD', 'FIRST_LETTER',
+           'LONE_LETTER', 'ANSWER_KINDS', 'Accepts', 'OTHER_GRADERS', 'after_think', 'has_trace', 'Infinity',
+           'Expression', 'Span', 'Quantity', 'MeasuredExpression', 'SpanUnion', 'MemberSet', 'NamedValues', 'Family',
+           'NoSolution', 'Words', 'Matrix', 'BaseNumber', 'Ratio', 'LinearEquation', 'Box', 'brace_step',
+           'closing_brace', 'boxes', 'unboxed', 'clean', 'inside_brackets', 'plain_commas', 'with_slash',
+           'decimal_value', 'number', 'Measure', 'derived_measure', 'unit_measure', 'quantity', 'cut_unit',
+           'latin_letters', 'translated', 'in_radians', 'bracket_depths', 'harmless', 'expression', 'split_outside',
+           'items', 'bracketed', 'set_member', 'Unreadable', 'Cleaned', 'spellings_of', 'read_no_solution',
+           'read_family', 'read_quantity', 'inequality', 'on_the_line', 'by_beginning', 'touch', 'union',
+           'read_inequality', 'letter_before', 'shared_unit', 'both_signs', 'member_set', 'in_braces', 'read_set',
+           'intervals', 'read_union', 'read_whole_line', 'read_span', 'read_two_roots', 'read_plus_minus', 'read_list',
+           'read_yes_or_no', 'read_words', 'read_expression', 'read_measured', 'read_base_number', 'read_ratio',
+           'read_from_to', 'matrix_entry', 'read_matrix', 'linear_terms', 'linear_equation', 'numeral',
+           'without_remark', 'without_words', 'in_one_line', 'parse', 'AnswerClaim', 'without_markdown', 'line_at',
+           'leading_in', 'labelled_claims', 'claims_in', 'any_of', 'clause_before', 'stands_alone', 'with_unit',
+           'whole_words', 'numbers_in', 'as_arithmetic', 'checks_out', 'holds', 'denies', 'harmless_sentence',
+           'contradicted', 'same_claim', 'under_condition', 'value_before_box', 'said_in_box', 'behind', 'bare_answer',
+           'final_answer', 'exact_decimals', 'misread', 'group_at', 'restrictions', 'has_letters', 'restricted_factors',
+           'compare_expressions', 'serve_comparisons', 'Worker', 'as_latex', 'compare_members', 'compare_spans',
+           'match_members', 'compare_quantities', 'english_thousands', 'forgotten_family', 'compare_values',
+           'compare_measured', 'compare_sets', 'by_numbers', 'tight', 'without_spaces', 'same_word', 'one_letter',
+           'compare_ratios', 'compare_matrices', 'compare_words', 'with_colon', 'chain_of_equals', 'compare',
+           'compare_kinds', 'grade', 'KeyedReply', 'chosen_letter', 'grade_letter', 'last_words', 'grade_text',
+           'AnswerKind', 'grade_value', 'said_value', 'same_value', 'said_letter', 'said_words', 'same_text',
+           'grade_many', 'grader_cases', 'read_cases', 'grade_cases', 'GraderScore', 'accepted_by_math_verify',
+           'accepted_by_hendrycks', 'accepted_by_minerva', 'installed_graders', 'score_grader', 'who_is_right',
+           'compare_graders', 'compare_command']
 
 # %% ../nbs/04a_grader.ipynb #a4b83186
 import csv
@@ -149,7 +150,7 @@ class Quantity:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredExpression:
     "An expression with a unit: 36π см²."
 
     expression: Expression
@@ -238,7 +239,7 @@ class LinearEquation:
 Form = (
     Quantity
     | Expression
-    | Measured
+    | MeasuredExpression
     | Span
     | SpanUnion
     | MemberSet
@@ -917,6 +918,9 @@ def union(spans: list[Span]) -> Span | SpanUnion:
     return merged[0] if len(merged) == 1 else SpanUnion(frozenset(merged))
 
 
+ALL_WITH = re.compile(r"\\?\{ ?[a-z] ?(?:\\mid|\||:) ?(.+?)\\?\}")  # {x | x ≤ 5}
+
+
 def read_inequality(answer: Cleaned) -> Form | None:
     "«x > 3», «3 < x ≤ 5», «x < 1 или x > 3», «x ≠ 2»."
     if excluded := re.fullmatch(ALL_BUT, answer.whole):
@@ -925,6 +929,9 @@ def read_inequality(answer: Cleaned) -> Form | None:
             raise Unreadable
         below = Span("(", ")", (Infinity.MINUS, point))
         return SpanUnion(frozenset([below, Span("(", ")", (point, Infinity.PLUS))]))
+    all_with = ALL_WITH.fullmatch(answer.whole)
+    if all_with:
+        return inequality(all_with[1].strip())
     span = inequality(answer.bare) or inequality(answer.whole)
     if span:
         return span
@@ -1135,7 +1142,7 @@ def read_measured(answer: Cleaned) -> Form | None:
         return None  # in 2x cm, is m a letter?
     if re.search(r"\\(?:sin|cos|tan|cot)", value.latex):
         return None  # the degrees are the function's
-    return Measured(value, *cut[1])
+    return MeasuredExpression(value, *cut[1])
 
 # %% ../nbs/04a_grader.ipynb #e20af46c
 def read_base_number(answer: Cleaned) -> Form | None:
@@ -1575,7 +1582,8 @@ GOES_ON = re.compile(
 )  # «\boxed{5} тысяч», «\boxed{5} или 6»
 TERM_AFTER = re.compile(r"\$?[ ]*(?:[\^_!]|(?:[+*/]|\\cdot|\\times)\s*[\w\\]|\d)|[-−][\w\\(]")
 UNIT_AFTER = re.compile(
-    r"(?:[ ~$]|\\[,;: ])*(?:\\(?:text|mathrm)\s*\{)?\s*([а-яё°₽/]+\.?)\s*\}?(\^\{?[23]\}?|[²³])?"
+    r"(?:[ ~$]|\\[,;: ])*(?:\\(?:text|mathrm)\s*\{)?\s*([а-яё°₽/]+\.?)\s*\}?"
+    r"(?:\$?(\^\{?[23]\}?|[²³])\$?)?"
 )  # «\boxed{5} см», and the power of it
 
 
@@ -1637,6 +1645,7 @@ DENIAL = whole_words(
     r"забы\w*|лишн\w*|извин\w*|прощения|вместо|возможно|может|наверное|вероятно|также|тоже",
     r"напута\w*|перепута\w*|наруш\w*|заново|also|not|no|but|however|although|though|if|or|unless",
     r"wait|actually|correction|instead|sorry|wrong|incorrect|mistake\w*|error|should|oops|except",
+    r"assuming|provided|при условии|считая|полагая",
     r"alternatively|rather|cannot|perhaps|maybe|hmm+|fails|impossible|contradict\w*|\w+n't",
 )
 OTHER_AMOUNT = whole_words(
@@ -1709,7 +1718,7 @@ def as_arithmetic(text: str) -> str:
 
 def checks_out(sentence: str, stated: set[Fraction]) -> bool:
     "Whether a check is nothing but true equations, one of them with a stated number."
-    _, checked, written = as_arithmetic(sentence).partition(CHECKED.match(sentence)[0])  # type: ignore[index]
+    written = as_arithmetic(CHECKED.sub("", sentence, count=1))
     equations = EQUATION.findall(written)
     rest = IT_HOLDS.sub("", EQUATION.sub("", written))
     used = set(numbers_in(" ".join(equations)))
@@ -1765,9 +1774,12 @@ def harmless_sentence(sentence: str, answer: str, stated: set[Fraction]) -> bool
     return bool(EXPLAINED.match(sentence))
 
 
+END_OF_FORMULA = re.compile(r"\\end\{[a-z]+\*?\}|\\[\])](?![a-z])")
+
+
 def contradicted(after: str, answer: str) -> bool:
     "Whether what follows an answer may put it in doubt."
-    after = after.strip(" \t$")
+    after = END_OF_FORMULA.sub(" ", after).strip(" \t$")
     if len(after) > LONGEST_ENDING:
         return bool(after.strip())
     stated = set(numbers_in(answer))
@@ -2200,8 +2212,8 @@ def compare_values(
 
 
 def compare_measured(
-    answer: Measured | Quantity | Expression,
-    key: Measured | Quantity | Expression,
+    answer: MeasuredExpression | Quantity | Expression,
+    key: MeasuredExpression | Quantity | Expression,
     worker: CompareExpressions,
 ) -> str:
     "Verdict for two of which at least one is an expression with a unit."
@@ -2210,7 +2222,7 @@ def compare_measured(
     for form in (answer, key):
         units.append(None if isinstance(form, Expression) else (form.kind, form.factor))
         match form:
-            case Measured():
+            case MeasuredExpression():
                 values.append(form.expression)
             case Quantity():
                 values.append(form.value)
@@ -2393,9 +2405,9 @@ def compare(
             return compare_words(ours, key)
         case MemberSet() | NamedValues(), MemberSet() | NamedValues():
             return compare_sets(ours, key, worker)
-        case Measured(), Quantity() | Expression() | Measured():
+        case MeasuredExpression(), Quantity() | Expression() | MeasuredExpression():
             return compare_measured(ours, key, worker)
-        case Quantity() | Expression(), Measured():
+        case Quantity() | Expression(), MeasuredExpression():
             return compare_measured(ours, key, worker)
         case Span(), Span():
             return compare_spans(ours, key, worker)
@@ -2413,7 +2425,7 @@ def compare(
             if ours == key:
                 return "correct"
             return "unparsed" if ours.value == key.value else "wrong"
-        case ((Quantity() | Expression() | Measured()), NamedValues()):
+        case ((Quantity() | Expression() | MeasuredExpression()), NamedValues()):
             return "wrong"  # one value for several unknowns
     return compare_kinds(ours, key, clean(answer) + clean(gold))
 

@@ -92,7 +92,10 @@ def harness_scores(rows: list[dict]) -> dict[str, ScoreInterval]:
     "Metric → mean with its interval, from one task's samples."
     if of_our_task(rows[0]):
         return dict(correct=accuracy([reply_is_right(row) for row in rows]))
-    return {name: accuracy([row[name] for row in rows]) for name in rows[0]["metrics"]}
+    scores = {}
+    for name in rows[0]["metrics"]:
+        scores[name] = accuracy([row[name] for row in rows])
+    return scores
 
 # %% ../nbs/10e_harness.ipynb #c1b10001
 def harness_model(model: str) -> dict:
