@@ -182,7 +182,7 @@ def server_at(
 ) -> Endpoint:
     """The endpoint `name`, once it has answered one short question; else a `UserError`.
 
-    It waits 600 s for an answer, and one more for every new token."""
+    It waits 600 s for a new piece of an answer, and one more for every new token."""
     probe = Endpoint(name, kept, timeout_s=600.0, retries=0)
     question = JUDGE_PROMPT.format(prompt="2 + 2?", a="4", b="5")
     body = dict(
