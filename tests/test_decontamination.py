@@ -47,10 +47,51 @@ def test_a_reworded_leak_and_a_latex_leak_are_found_and_other_numbers_are_not():
 
 
 def test_leaks_by_kind_and_near_misses():
-    got = decontamination.leak_kinds_benchmark(10, seed=2)
+    got = decontamination.leak_kinds_benchmark(5, seed=2)
     near_miss = got.pop("leak_near_miss_pct")
     assert near_miss <= 0.1
     assert min(got.values()) >= 95
+
+
+def test_long_questions_are_found_and_their_near_misses_are_not_accused():
+    got = decontamination.long_questions_benchmark()
+    assert got.pop("leak_long_false_pct") == 0
+    assert got.pop("leak_long_reworded_pct") >= 60
+    assert min(got.values()) == 100
+
+
+WRAPPING = (
+    "Представь, что объясняешь это младшему брату, который видит тему впервые: {} Не торопись."
+)
+OTHER_QUESTIONS = [
+    ("Кто такой Пушкин?", "Кто такой Лермонтов?"),
+    ("Поезд идёт из Тулы в Орёл.", "Поезд идёт из Орла в Тулу."),
+    ("Назови столицу Гвинеи.", "Назови столицу Гайаны."),
+    ("if x and y:", "if x or y:"),
+    ("Найди объём куба.", "Найди площадь куба."),
+    ("Переведи слово кот.", "Переведи слово пёс."),
+    ("Реши 3x = 12.", "Реши 3x = 21."),
+    ("Сколько стоит 5 евро?", "Сколько стоит 5 долларов?"),
+    ("Верно ли, что 5 чётное?", "Верно ли, что 5 нечётное?"),
+    ("Опиши преимущества угля.", "Опиши недостатки угля."),
+]
+
+
+def test_a_wrapping_accuses_nobody_and_the_order_of_hashes_does_not_count():
+    protected = [
+        dict(id=str(place), text=WRAPPING.format(one), set="test")
+        for place, (one, _) in enumerate(OTHER_QUESTIONS)
+    ]
+    guard = decontamination.LeakGuard(protected)
+    for place, (one, other) in enumerate(OTHER_QUESTIONS):
+        assert guard.find(WRAPPING.format(other)) is None, other
+        hidden = WRAPPING.format(one).replace("Представь, что", "Вообрази, будто").upper()
+        assert guard.find(f"Вот. {hidden} Ответь.")["id"] == str(place), one
+    both = " ".join(item["text"] for item in protected[3:6])
+    backwards = decontamination.LeakGuard(protected[::-1])
+    assert guard.find(both)["id"] in ("3", "4", "5")
+    assert backwards.find(both)["id"] in ("3", "4", "5")
+    assert len({guard.find(both)["id"] for _ in range(5)}) == 1
 
 
 def test_a_sign_a_word_or_a_letter_is_no_leak_and_a_later_turn_is():

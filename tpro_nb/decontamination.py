@@ -5,7 +5,7 @@ __all__ = ['REQUESTS', 'HEAD', 'LEAK_KINDS', 'is_content', 'Alignment', 'Placed'
            'nearest_part', 'is_new', 'beside', 'align_words', 'goes_on', 'may_ask_the_same', 'asks_the_same',
            'sentence_parts', 'one_sentence', 'enough', 'Protected', 'GuardedItem', 'said_whole', 'window_hashes',
            'WindowIndex', 'LeakGuard', 'stands_whole', 'user_turns', 'decontaminate', 'near_miss', 'leak_benchmark',
-           'reworded', 'sentences_reversed', 'in_typesetting', 'leak_kinds_benchmark']
+           'reworded', 'sentences_reversed', 'in_typesetting', 'leak_kinds_benchmark', 'long_questions_benchmark']
 
 # %% ../nbs/05e_decontamination.ipynb #8804fd2d
 import difflib
@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import zip_longest
 from operator import methodcaller
+from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 import numpy as np
+import yaml
 
+import tpro_nb
 from tpro_nb.duplicates import (
     NEGATIONS,
     Meaning,
@@ -69,7 +72,7 @@ class Alignment(NamedTuple):
     share: float  # of the question's words that are there, in order
     asked_share: float  # the same of the sentences that ask
     own_share: float  # the same of the words that the set's other questions do not share
-    replaced: int  # content words in whose place another stands
+    replaced: int  # content words of its own in whose place another stands
 
 
 class Placed(NamedTuple):
@@ -117,13 +120,13 @@ class Strictness(NamedTuple):
 def another_question(one: Said, other: Said, strict: Strictness) -> bool:
     "Whether a word of what is asked is replaced by another of its kind."
     words = one.word, other.word
-    if min(map(len, words)) < 3 or one.word in strict.shared or same_stem(*words):
+    if min(map(len, words)) < 3 or same_stem(*words):
         return False
     if set(words) <= REQUESTS:
         return False
     if strict.one_case and one.capital == "inside":
         return True
-    return (one.asked or strict.all_asked) and same_form(*words)
+    return strict.all_asked or (one.asked and same_form(*words))
 
 
 def nearest_part(item: Placed, text: Placed) -> Placed:
@@ -183,11 +186,13 @@ def align_words(item: Placed, text: Placed, strict: Strictness) -> Alignment | N
                 if lone is not None and not (first or last) and is_new(lone, item, text):
                     return None
                 continue
-            if other_thing(said, instead) or another_question(said, instead, strict):
+            own = said.word not in strict.shared
+            another = other_thing(said, instead) or another_question(said, instead, strict)
+            if own and another:
                 return None
             alike = same_stem(said.word, instead.word) or {said.word, instead.word} <= REQUESTS
             there_too += [said] * alike
-            replaced += not alike and is_content(said.word)
+            replaced += own and not alike and is_content(said.word)
     if goes_on(steps, item, text):
         return None
     words = [said for said in item.said if said is not None]
@@ -600,4 +605,33 @@ def leak_kinds_benchmark(per_kind: int = 10, seed: int = 0) -> dict[str, float]:
         figures[f"leak_recall_{kind}_pct"] = 100 * sum(found) / len(found)
     accused = [guard.find(around.format(text)) is not None for text in innocent]
     figures["leak_near_miss_pct"] = 100 * sum(accused) / len(accused)
+    return figures
+
+# %% ../nbs/05e_decontamination.ipynb #25e10002
+def long_questions_benchmark() -> dict[str, float]:
+    "Recall on long questions, by disguise, and false alarms on their near misses, in percent."
+    table = Path(tpro_nb.__file__).parent / "tables" / "leak_questions.yaml"
+    entries = yaml.safe_load(table.read_text(encoding="utf-8"))
+    guard = LeakGuard(
+        [
+            Protected(id=str(place), text=entry["question"], set="long questions")
+            for place, entry in enumerate(entries)
+        ]
+    )
+
+    def found_pct(texts: list[str]) -> float:
+        found = sum(guard.find(text) is not None or 0 in guard.twins([text]) for text in texts)
+        return 100 * found / len(texts)
+
+    questions = [entry["question"] for entry in entries]
+    innocent = [text for entry in entries for text in entry["near_misses"]]
+    forms: list[Callable[[str], str]] = [str, str.upper, str.lower, "Вот задача. {} Реши.".format]
+    dressed = [form(text) for form in forms for text in innocent]
+    figures = {
+        f"leak_long_{kind}_pct": found_pct([disguise(text) for text in questions])
+        for kind, disguise in LEAK_KINDS.items()
+        if kind != "reworded"
+    }
+    figures["leak_long_reworded_pct"] = found_pct([t for e in entries for t in e["reworded"]])
+    figures["leak_long_false_pct"] = found_pct(dressed)
     return figures

