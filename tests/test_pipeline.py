@@ -133,11 +133,15 @@ def test_only_and_from(chain):
         ("run_dir: outputs/toy\nlr: 1e-4\n", "write 1.0e-4"),
         ("run_dir: outputs/toy\nseed: on\n", "`seed` must be int, not True"),
         ("run_dir: [\n", "not valid YAML"),
+        ("- run_dir: outputs/toy\n", "a list, where lines of"),
+        ("outputs/toy\n", "'outputs/toy', where lines of"),
+        (b"run_dir: \xef\xee\n", "not UTF-8"),
         ("seed: 0\n", "`run_dir` is missing"),
     ],
 )
 def test_wrong_parameters_stop_everything_before_a_kernel_starts(chain, text, complaint):
-    (chain / "params/toy/03_use.yaml").write_text(text)
+    file = chain / "params/toy/03_use.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as caught:
         run(chain)
     assert complaint in str(caught.value)

@@ -8,7 +8,7 @@ __all__ = ['Asked', 'QUESTIONS', 'TASK_DOMAINS', 'TOY_ENTRIES', 'TRANSLATION_REQ
            'DictionaryEntry', 'entry_replies', 'wiktionary_rows', 'sample_entries', 'Documented', 'definitions',
            'stdlib_docs', 'english_rows', 'parallel_pairs', 'parallel_rows', 'problem_rows', 'RowFault', 'TurnsRead',
            'kind_of', 'joined_parts', 'neutralised', 'checked_answer', 'row_thought', 'read_calls', 'read_turn',
-           'read_turns', 'called', 'text_error', 'read_raw', 'identifier', 'word_score', 'cyrillic_language',
+           'read_turns', 'called', 'text_error', 'read_raw', 'identifier', 'zipf_of', 'word_score', 'cyrillic_language',
            'latin_language', 'language_of', 'checkable_answer', 'foreign_row', 'foreign_rows', 'licence_gate',
            'general_rows']
 
@@ -821,15 +821,21 @@ _SERBIAN = str.maketrans(
 )
 
 
-def word_score(words: list[str], language: str, plain: bool) -> float:
-    "How common words are in a language, summed; of a language without a list, a guess."
+@lru_cache(1 << 17)
+def zipf_of(word: str, listed: str) -> float:
+    "Logarithm of a word's uses in a billion words of a language that wordfreq lists."
     from wordfreq import zipf_frequency
 
+    return zipf_frequency(word, listed)
+
+
+def word_score(words: list[str], language: str, plain: bool) -> float:
+    "How common words are in a language, summed; of a language without a list, a guess."
     if language not in _LISTED:
         return (1.2 if plain else 2.5) * len(words)
     if language == "sr":
         words = [word.translate(_SERBIAN) for word in words]
-    return sum(zipf_frequency(word, _LISTED[language]) for word in words)
+    return sum(zipf_of(word, _LISTED[language]) for word in words)
 
 
 def cyrillic_language(text: str) -> str:
@@ -842,7 +848,7 @@ def cyrillic_language(text: str) -> str:
     }
     fewest = min(alien.values()) + letters.total() // 100
     possible = [language for language in _ALPHABETS if alien[language] <= fewest]
-    by_letters = dict(identifier("cyrillic").rank(" ".join(words)[:4000]))
+    by_letters = dict(identifier("cyrillic").rank(" ".join(words)[:1500]))
     scores = {
         language: by_letters[language] + 3 * word_score(words[:80], language, not alien["ru"])
         for language in possible
@@ -857,7 +863,7 @@ def cyrillic_language(text: str) -> str:
 def latin_language(text: str) -> str:
     "Which language a text in Latin letters is in; English unless another is clearly likelier."
     words = re.findall(rf"[{_SCRIPTS['latin']}]+", text)
-    scores = dict(identifier("latin").rank(" ".join(words)[:4000]))
+    scores = dict(identifier("latin").rank(" ".join(words)[:1500]))
     best = max(scores, key=scores.__getitem__)
     plain = not re.search(r"[^\W\d_a-zA-Z]", " ".join(words))
     return "en" if plain and scores[best] - scores["en"] < 15 else best
@@ -892,9 +898,14 @@ def checkable_answer(raw: dict) -> str | None:
 
 
 def foreign_row(
-    read: TurnsRead, source: str, licence: str, answer: str | None = None, line: int | None = None
+    read: TurnsRead,
+    source: str,
+    licence: str,
+    answer: str | None = None,
+    line: int | None = None,
+    lang: str | None = None,  # None: told by the text
 ) -> Row:
-    "A conversation from outside as a row, its language and its mode told by its text."
+    "A conversation from outside as a row, its mode told by its text."
     turns = read.turns
     asked = [turn["content"] for turn in turns if turn["role"] == "user"]
     reply = turns[-1]["content"]
@@ -906,7 +917,7 @@ def foreign_row(
         licence=licence,
         family="foreign",
         domain="General Instruct",
-        lang=language_of("\n".join(turn["content"] for turn in turns)),
+        lang=lang or language_of("\n".join(turn["content"] for turn in turns)),
         mode="think" if has_trace(reply) else "direct",
         tier="Student",
         answer=answer,

@@ -688,7 +688,9 @@ class Reading:
 
 
 def read_foreign(raw: Any, source: str, line: int, how: Reading) -> tuple[Row, str]:
-    "A row of the corpus, and the shape that it had; RowFault that names the key at fault."
+    """A row of the corpus, and the shape that it had; RowFault that names the key at fault.
+
+    Its language is not told here: a filter of chapter 05c does that."""
     shape, conversation = shaped(raw, how.shape)
     try:
         read = read_turns(conversation.messages, how.tools)
@@ -697,7 +699,7 @@ def read_foreign(raw: Any, source: str, line: int, how: Reading) -> tuple[Row, s
     if reason := text_error("\n".join(turn["content"] for turn in read.turns)):
         raise RowFault(reason)
     key = checkable_answer(raw) if "answer" not in conversation.whole else None
-    row = foreign_row(read, source, how.licence, key, line)
+    row = foreign_row(read, source, how.licence, key, line, lang="und")
     if conversation.rejected is not None:
         rejected, _ = neutralised(conversation.rejected, "assistant")
         id = content_id("foreign", [conversation_id("foreign", read.turns), rejected])

@@ -176,10 +176,15 @@ def _load_file(root: Path, file: Path, profile: str) -> dict[str, Any]:
     if file.stem not in stage_names(root):
         raise UserError(f"{where}: there is no stage {file.stem}")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        values = yaml.safe_load(file.read_text(encoding="utf-8-sig")) or {}
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except yaml.YAMLError as error:
         line = f"{where}: not valid YAML: {error}".replace("\n", " ")
         raise UserError(line) from None
+    if not isinstance(values, dict):
+        found = "a list" if isinstance(values, list) else f"{values!r:.40}"
+        raise UserError(f"{where}: {found}, where lines of `name: value` were expected")
     params = check_params(notebook_of(root, file.stem), values, where)
     if not params.get("run_dir"):
         raise UserError(f"{where}: `run_dir` is missing; write run_dir: outputs/{profile}")
