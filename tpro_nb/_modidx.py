@@ -116,6 +116,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'tpro_nb.adapt.base_words': ('adapt.html#base_words', 'tpro_nb/adapt.py'),
                                'tpro_nb.adapt.check_adaptation': ('adapt.html#check_adaptation', 'tpro_nb/adapt.py'),
                                'tpro_nb.adapt.check_room_for': ('adapt.html#check_room_for', 'tpro_nb/adapt.py'),
+                               'tpro_nb.adapt.cost_bars': ('adapt.html#cost_bars', 'tpro_nb/adapt.py'),
                                'tpro_nb.adapt.cost_figure': ('adapt.html#cost_figure', 'tpro_nb/adapt.py'),
                                'tpro_nb.adapt.folder_base': ('adapt.html#folder_base', 'tpro_nb/adapt.py'),
                                'tpro_nb.adapt.hub_base': ('adapt.html#hub_base', 'tpro_nb/adapt.py'),

@@ -5,8 +5,8 @@ __all__ = ['APOSTROPHES', 'ADAPT_CARD', 'letters_of_script', 'letters_of_alphabe
            'share_of_letters', 'base_words', 'listed_base_words', 'AdaptSettings', 'OwnWords', 'read_own_words',
            'weigh_words', 'AdaptBase', 'packaged_base', 'folder_base', 'hub_base', 'load_adapt_base',
            'check_adaptation', 'check_room_for', 'adapt_votes', 'next_ids', 'with_specials_listed', 'adapted_json',
-           'measured_texts', 'own_ratio', 'cost_figure', 'write_tokenizer', 'specials_in_use', 'write_model',
-           'adapt_card', 'adapt', 'write_cost', 'adapt_parser', 'adapt_command']
+           'measured_texts', 'own_ratio', 'cost_bars', 'cost_figure', 'write_tokenizer', 'specials_in_use',
+           'write_model', 'adapt_card', 'adapt', 'write_cost', 'adapt_parser', 'adapt_command']
 
 # %% ../nbs/03d_adapt.ipynb #03d00003
 import argparse
@@ -370,25 +370,33 @@ def own_ratio(old: Tokenizer, new: Tokenizer, own: OwnWords, words: WordWeights)
     return used[1] / used[0]
 
 
-def cost_figure(cost: dict[str, float], title: str):
-    "A bar a language, the dearest first: more tokens after the change, in per cent."
+def cost_bars(ax, cost: dict[str, float], colour: str, label: str) -> None:
+    "A bar a language with its number, the greatest first."
+    names = sorted(cost, key=lambda name: abs(cost[name]))
+    bars = ax.barh(names, [abs(cost[name]) for name in names], color=colour)
+    ax.bar_label(bars, [f"{cost[name]:+.2f}" for name in names], fontsize=7, padding=2)
+    ax.tick_params(axis="y", labelsize=8)
+    ax.margins(x=0.15, y=0.02)
+    ax.set_xlabel(label, fontsize=9)
+
+
+def cost_figure(cost: dict[str, float], title: str, seen: float = 0.005):
+    "Who pays above, who gains below, each on its own scale; changes under `seen` % are counted."
     import matplotlib.pyplot as plt
 
-    names = sorted(cost, key=cost.__getitem__)
-    values = [cost[name] for name in names]
-    height = max(2.0, 0.16 * len(names))
-    fig, ax = plt.subplots(figsize=(7, height))
-    colours = ["#2a7f62" if value < 0 else "#b5523b" for value in values]
-    ax.barh(names, values, color=colours)
-    ax.axvline(0, color="black", lw=0.8)
-    ax.tick_params(axis="y", labelsize=7)
-    ax.margins(y=0.01)
-    ax.set_xlabel("more tokens than with the base, % (held-out text)")
-    ax.set_title(title, fontsize=10)
+    paying = {name: change for name, change in cost.items() if change >= seen}
+    gaining = {name: change for name, change in cost.items() if change <= -seen}
+    heights = [max(2, len(paying)), max(2, len(gaining))]
+    size = (7, 1.6 + 0.22 * sum(heights))
+    fig, (above, below) = plt.subplots(2, 1, figsize=size, height_ratios=heights)
+    cost_bars(above, paying, "#b5523b", "pay: more tokens than with the base, %")
+    cost_bars(below, gaining, "#2a7f62", "gain: fewer tokens, %")
+    unchanged = len(cost) - len(paying) - len(gaining)
+    above.set_title(f"{title}\n{unchanged} of {len(cost)} languages unchanged", fontsize=9)
     fig.tight_layout()
     return fig
 
-# %% ../nbs/03d_adapt.ipynb #03d00015
+# %% ../nbs/03d_adapt.ipynb #03d00017
 def write_tokenizer(tok_json: dict, tokenizer: Any, folder: Path) -> None:
     "The base's configuration and template with another tokenizer.json."
     tokenizer.save_pretrained(folder)
@@ -429,7 +437,7 @@ def write_model(base: AdaptBase, tokenizer_folder: Path, init: str, seed: int, f
         shutil.copy2(file, folder / file.name)
     return len(rows)
 
-# %% ../nbs/03d_adapt.ipynb #03d00016
+# %% ../nbs/03d_adapt.ipynb #03d00018
 ADAPT_CARD = """# {name}
 
 {base}'s tokenizer, {what} for the alphabet {alphabet}… The certificate says it is {verdict}: \
@@ -482,7 +490,7 @@ def adapt_card(settings: AdaptSettings, report: dict, certificate: Certificate) 
         **{key: certificate[key] for key in ("ids_changed", "sha256")},
     )
 
-# %% ../nbs/03d_adapt.ipynb #03d00018
+# %% ../nbs/03d_adapt.ipynb #03d0001a
 def adapt(settings: AdaptSettings) -> dict:  # own_ratio, cost_pct, new_rows, seconds, certificate
     """Change a base's vocabulary for an alphabet, certify and measure it, transplant its weights.
 
@@ -557,7 +565,7 @@ def write_cost(folder: Path, settings: AdaptSettings, report: dict) -> None:
     fig.savefig(folder / "cost.png", dpi=130)
     plt.close(fig)
 
-# %% ../nbs/03d_adapt.ipynb #03d0001d
+# %% ../nbs/03d_adapt.ipynb #03d0001f
 def adapt_parser() -> argparse.ArgumentParser:
     "Arguments of `tpro-nb adapt`."
     parser = argparse.ArgumentParser(
@@ -578,9 +586,7 @@ def adapt_parser() -> argparse.ArgumentParser:
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--swaps", type=int, metavar="N", help="exchange N entries")
     how.add_argument("--grow", type=int, metavar="N", help="or add N entries")
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="a folder that is not there yet"
-    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="a folder that is not there")
     parser.add_argument("--init", default="mean", help=f"start of new rows: {', '.join(INITS)}")
     return parser
 
