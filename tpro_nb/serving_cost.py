@@ -243,26 +243,29 @@ async def gaps_beside_a_prompt(
     model: str,
     number: int,  # of the questions; another one each time
     tokens: int = 2000,  # of the long prompt
-    steps: int = 16,  # of the stream before it, and after it
+    steps: int = 80,  # of the stream before the prompt comes
 ) -> dict:
-    "Longest and median gap of a stream while a prompt is read, in its usual gaps; and its turns."
+    """Gaps of a stream while a prompt is read, in its usual gaps: median, 95 %, and the longest.
+
+    `longest_alone` is the longest before the prompt came: what the machine does by itself.
+    `turns`: in how many turns the prompt was read."""
     import httpx
 
-    reading: list[float] = []  # when the prompt was sent, and when it had been read
+    waited: list[float] = []  # when the prompt was sent, and when it had been read
 
     async def long_prompt(client) -> None:
         asked = [dict(role="user", content=long_question(service, number, tokens))]
-        reading.append(time.perf_counter())
+        waited.append(time.perf_counter())
         async for _ in served_steps(client, url, step_body(model, asked, 1)):
-            reading.append(time.perf_counter())
+            waited.append(time.perf_counter())
 
     times: list[float] = []
     turns: list[int] = []
     other = None
-    room = service.dec.context - 256
     async with httpx.AsyncClient(timeout=600) as client:
         asked = [dict(role="user", content=f"{number}. Расскажи о море.")]
-        async for step in served_steps(client, url, step_body(model, asked, room)):
+        body = step_body(model, asked, service.dec.context - 256)
+        async for step in served_steps(client, url, body):
             times.append(step.at)
             if len(times) == steps:
                 other = asyncio.create_task(long_prompt(client))
@@ -272,17 +275,16 @@ async def gaps_beside_a_prompt(
                 break
         else:
             raise RuntimeError(f"the stream ended before a prompt of {tokens} tokens was read")
-    sent, read = reading
-    usual, beside = [], []
-    for begin, end in zip(times, times[1:]):
-        if end < sent:
-            usual.append(end - begin)
-        elif begin < read:
-            beside.append(end - begin)
-    typical = statistics.median(usual)
+    sent, read = waited
+    gaps = [(begin, end - begin) for begin, end in zip(times, times[1:])]
+    alone = [gap for begin, gap in gaps if begin + gap < sent]
+    beside = sorted(gap for begin, gap in gaps if begin + gap >= sent and begin < read)
+    usual = statistics.median(alone)
     return dict(
-        longest_gap=max(beside) / typical,
-        median_gap=statistics.median(beside) / typical,
+        median_gap=statistics.median(beside) / usual,
+        gap_95=beside[int(0.95 * len(beside))] / usual,
+        longest_gap=beside[-1] / usual,
+        longest_alone=max(alone) / usual,
         turns=turns[1] - turns[0],
     )
 
