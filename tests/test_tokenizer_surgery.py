@@ -1,6 +1,7 @@
 "Chapters 01 to 02c on a toy vocabulary: the swap, its certificate, and what that must refuse."
 
 import copy
+import csv
 import json
 import lzma
 from collections import Counter
@@ -39,6 +40,7 @@ from tpro_nb.core import (
 )
 from tpro_nb.tokenizer_analysis import density, find_words
 from tpro_nb.tokenizer_surgery import (
+    RULES,
     TOY_WISH,
     SurgerySettings,
     by_script,
@@ -51,13 +53,24 @@ from tpro_nb.tokenizer_surgery import (
     operate,
     pack_swaps,
     protected,
+    removable_ids,
     surgery_job,
     toy_wish,
     two_piece_passes,
     unpack_swaps,
     without,
 )
-from tpro_nb.voters import choosing_words, count_usage, count_votes, letter_owners, piece_words
+from tpro_nb.voters import (
+    Usage,
+    choosing_words,
+    count_usage,
+    count_votes,
+    counted_votes,
+    letter_owners,
+    pack_usage,
+    piece_words,
+    read_usage,
+)
 
 
 def toy_usage(t: dict) -> np.ndarray:
@@ -299,6 +312,79 @@ def test_shipped_table():
 
 
 # --- who votes, and who is refused
+
+STAYS = {  # text: whether it stays under symbols, units, paper
+    None: "yyy",
+    "\ufffdа": "yyy",
+    " к": "yyy",
+    "чеп": "yyy",
+    "2026": "yyy",
+    "v2": "yyy",
+    "xFE": "yyy",
+    "龙": "yyy",
+    "    ": "yyy",
+    "两国": "nyy",
+    " ab": "nyy",
+    "});\n": "nyy",
+    "!!!!!": "nyy",
+    " heavens": "nny",
+    "getMap": "nny",
+    ".getMap": "nnn",
+    " für": "nnn",
+    "的权利": "nnn",
+    "xFEE": "nny",
+}
+
+
+@pytest.mark.parametrize("text", STAYS)
+def test_rules_of_protection(text):
+    "Each rule protects what a narrower one protects; specials stay whatever they are."
+    said = "".join("ny"[protected(text, rule=rule)] for rule in RULES)
+    assert said == STAYS[text]
+    assert all(protected(text, special=True, rule=rule) for rule in RULES)
+
+
+def test_another_rule_is_refused(pair):
+    with pytest.raises(UserError, match="protect='latin'.*symbols, units, paper"):
+        removable_ids(pair[0], rule="latin")
+    rooms = [len(removable_ids(pair[0], rule=rule)) for rule in RULES]
+    assert rooms == sorted(rooms, reverse=True)
+
+
+def test_counted_votes_add_up(tmp_path):
+    "A table survives its file; `english` multiplies its three groups and no other."
+    voice = np.array([[0, 30, 300], [6, 0, 0], [0, 9, 0], [90, 0, 3]], np.float32)
+    groups = ["en", "code", "vocab", "zh"]
+    usage = Usage(groups, np.array([9.0, 9, 1, 3]), voice, "f" * 8)
+    (tmp_path / "usage.xz").write_bytes(pack_usage(usage))
+    again = read_usage(tmp_path / "usage.xz")
+    assert again.groups == groups
+    assert again.base == usage.base
+    assert again.say.tolist() == usage.say.tolist()
+    np.testing.assert_allclose(again.voice, voice, rtol=0.15)
+    assert ((again.voice == 0) == (voice == 0)).all()
+    for english, want in ((1, [96, 39, 303]), (2, [102, 78, 603]), (0, [90, 0, 3])):
+        votes = counted_votes(english, usage)
+        assert votes.use.tolist() == [want]
+        assert votes.weight.tolist() == [1]
+
+
+def test_shipped_votes_and_their_texts():
+    "The table is Qwen3's; each text that votes or judges has hash and licence, none does both."
+    usage = read_usage()
+    assert usage.voice.shape == (len(usage.groups), 151_669)
+    table = json.loads(lzma.decompress((TABLES / "qwen3_dense.json.xz").read_bytes()))
+    assert table["base"] == usage.base
+    with open(TABLES / "counted_texts.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len({(row["group"], row["text"]) for row in rows}) == len(rows) > 300
+    assert {row["role"] for row in rows} == {"votes", "judges"}
+    assert all(row["licence"] and row["version"] for row in rows)
+    assert all(row["sha256"] or "installed" in row["package"] for row in rows)
+    judges = {(row["group"], row["text"]) for row in rows if row["role"] == "judges"}
+    with open(TABLES / "qwen3_front.csv", encoding="utf-8", newline="") as file:
+        points = list(csv.DictReader(file))
+    assert {(row["group"], row["text"]) for row in points} == judges
 
 
 def test_votes_are_weighed(pair):

@@ -160,6 +160,17 @@ ASSETS: dict[str, Asset] = {
         what="messages in Kyrgyz and others, for choosing",
         hub=None,
     ),
+    "snippets": Asset(
+        package="vaderSentiment",
+        version="2.5",
+        file="vaderSentiment-2.5.tar.gz",
+        mb=3,
+        sha256="b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84",
+        licence="MIT",
+        members=["*/hutto_ICWSM_2014.tar.gz"],
+        what="sentences of newspaper editorials and tweets, for measuring",
+        hub=None,
+    ),
 }
 
 

@@ -6,9 +6,9 @@ __all__ = ['CYRILLIC', 'HEX_BYTE', 'RULES', 'SMOOTH', 'Halves', 'Pair', 'NO_FLAG
            'join_in', 'PairWeights', 'grow_vocabulary', 'assemble', 'operate', 'check_donor', 'check_texts',
            'check_room', 'toy_wish', 'two_piece_passes', 'donor_pool', 'script_of', 'ScriptRow', 'spread', 'by_script',
            'LanguageRow', 'compare_languages', 'card_text', 'package_licence', 'catalogue_licence', 'swap_licences',
-           'SurgerySettings', 'starting_point', 'votes_on', 'SurgeryReport', 'seen_share', 'price_for_others',
-           'o200k_density', 'random_examples', 'surgery_report', 'change_table', 'surgery_job', 'SwapTable',
-           'pack_swaps', 'unpack_swaps', 'dense_tokenizer']
+           'SurgerySettings', 'starting_point', 'votes_on', 'SurgeryReport', 'genre_texts', 'seen_share',
+           'price_for_others', 'o200k_density', 'random_examples', 'surgery_report', 'change_table', 'surgery_job',
+           'SwapTable', 'pack_swaps', 'unpack_swaps', 'dense_tokenizer']
 
 # %% ../nbs/02c_tokenizer_surgery.ipynb #1b0b5c6b
 import heapq
@@ -625,6 +625,9 @@ def swap_licences(source: str, base: str, donors: list[str]) -> dict[str, str]:
     found["choosing other locales"] = "; ".join(catalogues)
     for lang in [*corpora.LANGS, "en", "code"]:
         found[f"held out {lang}"] = corpora.text_licence(lang, "heldout")
+    for kind in corpora.SNIPPETS:
+        found[f"held out {kind}"] = package_licence("snippets")
+    found["votes, judges"] = "tables/counted_texts.csv names 354 texts, each with its licence"
     found["wordfreq"] = "Apache-2.0 / CC BY-SA 4.0"
     return found
 
@@ -726,6 +729,7 @@ class SurgeryReport:
     "Everything measured about one swap; it crosses a process as json."
 
     rows: dict[str, LanguageRow]
+    genres: dict[str, LanguageRow]  # the same of further kinds of text, at full scale
     certificate: dict[str, int]  # its counts
     seen_pct: float  # added tokens that the held-out text of the eight shows, %
     cost: dict[str, float]  # more tokens in each other locale, %
@@ -736,6 +740,17 @@ class SurgeryReport:
     examples: list  # (removed, added) drawn at random
     licences: dict[str, str]
     seconds: float
+
+
+def genre_texts(settings: SurgerySettings) -> dict[str, list[str]]:
+    "Further kinds of English and Russian that never vote or choose; none but at full scale."
+    if not settings.counted:
+        return {}
+    texts = {f"en_{kind}": corpora.snippets(kind) for kind in corpora.SNIPPETS}
+    texts |= dict(
+        ru_glosses=corpora.glosses("heldout"), ru_messages=corpora.catalogue("ru", "heldout")
+    )
+    return {kind: docs[: settings.heldout_docs or None] for kind, docs in texts.items()}
 
 
 def seen_share(tok: Tokenizer, change: IdMap, held: dict[str, list[str]]) -> float:
@@ -792,6 +807,7 @@ def surgery_report(
     passes = two_piece_passes(old_json, donor_pool(old_json)) if settings.paper_method else None
     return SurgeryReport(
         rows=rows,
+        genres=compare_languages(old, new, genre_texts(settings), settings.seed),
         certificate={key: value for key, value in certificate.items() if isinstance(value, int)},
         seen_pct=seen_share(new, change, held),
         cost=cost,
