@@ -40,7 +40,7 @@ from tpro_nb.core import (
 )
 from tpro_nb.tokenizer_analysis import density, find_words
 from tpro_nb.tokenizer_surgery import (
-    RULES,
+    PROTECTION_RULES,
     TOY_WISH,
     SurgerySettings,
     by_script,
@@ -339,15 +339,15 @@ STAYS = {  # text: whether it stays under symbols, units, paper
 @pytest.mark.parametrize("text", STAYS)
 def test_rules_of_protection(text):
     "Each rule protects what a narrower one protects; specials stay whatever they are."
-    said = "".join("ny"[protected(text, rule=rule)] for rule in RULES)
+    said = "".join("ny"[protected(text, rule=rule)] for rule in PROTECTION_RULES)
     assert said == STAYS[text]
-    assert all(protected(text, special=True, rule=rule) for rule in RULES)
+    assert all(protected(text, special=True, rule=rule) for rule in PROTECTION_RULES)
 
 
 def test_another_rule_is_refused(pair):
     with pytest.raises(UserError, match="protect='latin'.*symbols, units, paper"):
         removable_ids(pair[0], rule="latin")
-    rooms = [len(removable_ids(pair[0], rule=rule)) for rule in RULES]
+    rooms = [len(removable_ids(pair[0], rule=rule)) for rule in PROTECTION_RULES]
     assert rooms == sorted(rooms, reverse=True)
 
 

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['LANGS', 'SNIPPETS', 'tidy_text', 'plain_wikitext', 'gloss_and_quotations', 'wiktionary_entries', 'side', 'quotations',
-           'glosses', 'read_po', 'message_text', 'catalogue', 'locales', 'english', 'code', 'snippets', 'source_texts',
-           'text', 'text_licence']
+           'glosses', 'read_po', 'message_text', 'catalogue', 'locales', 'english', 'code', 'english_sentences',
+           'source_texts', 'text', 'text_licence']
 
 # %% ../nbs/00h_corpora.ipynb #6a10c0e3
 import hashlib
@@ -292,7 +292,7 @@ def code(part: str, limit: int = 0) -> list[str]:
 SNIPPETS = dict(editorials="nytEditorialSnippets", tweets="tweets")  # kinds and their files
 
 
-def snippets(kind: str) -> list[str]:
+def english_sentences(kind: str) -> list[str]:
     "English sentences of one kind in `SNIPPETS`, one document a sentence."
     archive = member("snippets", "hutto_ICWSM_2014.tar.gz")
     with tarfile.open(archive) as inner:
