@@ -363,10 +363,12 @@ def test_counted_votes_add_up(tmp_path):
     assert again.say.tolist() == usage.say.tolist()
     np.testing.assert_allclose(again.voice, voice, rtol=0.15)
     assert ((again.voice == 0) == (voice == 0)).all()
-    for english, want in ((1, [96, 39, 303]), (2, [102, 78, 603]), (0, [90, 0, 3])):
+    for english, want in ((1, [96, 39, 303]), (2, [102, 78, 603])):
         votes = counted_votes(english, usage)
         assert votes.use.tolist() == [want]
         assert votes.weight.tolist() == [1]
+    with pytest.raises(UserError, match="english=0: give a factor above 0"):
+        counted_votes(0, usage)
 
 
 def test_shipped_votes_and_their_texts():

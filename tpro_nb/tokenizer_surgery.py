@@ -6,7 +6,7 @@ __all__ = ['CYRILLIC', 'HEX_BYTE', 'PROTECTION_RULES', 'SMOOTH', 'Halves', 'Pair
            'join_in', 'PairWeights', 'grow_vocabulary', 'assemble', 'operate', 'check_donor', 'check_texts',
            'check_room', 'toy_wish', 'two_piece_passes', 'donor_pool', 'script_of', 'ScriptRow', 'spread', 'by_script',
            'LanguageRow', 'compare_languages', 'card_text', 'package_licence', 'catalogue_licence', 'swap_licences',
-           'SurgerySettings', 'starting_point', 'votes_on', 'SurgeryReport', 'genre_texts', 'seen_share',
+           'SurgerySettings', 'starting_point', 'Ballot', 'ballot_on', 'SurgeryReport', 'genre_texts', 'seen_share',
            'price_for_others', 'o200k_density', 'random_examples', 'surgery_report', 'change_table', 'surgery_job',
            'SwapTable', 'pack_swaps', 'unpack_swaps', 'dense_tokenizer']
 
@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -76,6 +76,7 @@ from tpro_nb.voters import (
     count_votes,
     counted_votes,
     documents_by_language,
+    read_usage,
     vocabulary_text,
 )
 
@@ -649,7 +650,7 @@ class SurgerySettings:
     paper_method: bool = False  # also measure the paper's procedure
     seed: int = 0
     first: str = "ru"  # the language with the greatest say
-    protect: str = "units"  # who may not go, one of `PROTECTION_RULES`
+    protect: str = "symbols"  # who may not go where votes are counted, of `PROTECTION_RULES`
     english: float = 1.0  # times the say of English and source text, where votes are counted
 
     @property
@@ -675,8 +676,8 @@ class SurgerySettings:
         return ["en"] if self.base == "smollm2" or self.nano_size else None
 
     @property
-    def counted(self) -> bool:
-        "Whether the votes of the shipped table are meant: Qwen3's list, whole."
+    def at_full_scale(self) -> bool:
+        "Whether this is the swap in Qwen3's whole list."
         return self.base == "qwen3" and self.source == "assets" and not self.nano_size
 
     @property
@@ -717,11 +718,20 @@ def starting_point(base: str, nano_size: int, texts: dict[str, list[str]]) -> di
         ) from e
 
 
-def votes_on(tok_json: dict, job: SurgerySettings) -> Votes:
-    "Who votes on what may go."
-    if job.counted:
-        return counted_votes(job.english)
-    return count_votes(tok_json, job.words_per_lang, job.docs, job.voting_languages)
+class Ballot(NamedTuple):
+    "How it is decided who goes."
+
+    votes: Votes
+    rule: str  # of protection, one of `PROTECTION_RULES`
+
+
+def ballot_on(tok_json: dict, job: SurgerySettings) -> Ballot:
+    "The counted votes where this is the list on which they were counted; otherwise live ones."
+    usage = read_usage()
+    if job.source == "assets" and tokenizer_fingerprint(tok_json) == usage.base:
+        return Ballot(counted_votes(job.english, usage), job.protect)
+    votes = count_votes(tok_json, job.words_per_lang, job.docs, job.voting_languages)
+    return Ballot(votes, "units")
 
 # %% ../nbs/02c_tokenizer_surgery.ipynb #a0ab554c
 @dataclass
@@ -744,7 +754,7 @@ class SurgeryReport:
 
 def genre_texts(settings: SurgerySettings) -> dict[str, list[str]]:
     "Further kinds of English and Russian that never vote or choose; none but at full scale."
-    if not settings.counted:
+    if not settings.at_full_scale:
         return {}
     texts = {f"en_{kind}": corpora.english_sentences(kind) for kind in corpora.SNIPPETS}
     texts |= dict(
@@ -844,18 +854,18 @@ def surgery_job(
     trimming_text = vocabulary_text(job.source, job.docs) if job.nano_size else {}
     old = starting_point(job.base, job.nano_size, trimming_text)
     held = documents_by_language(job.source, "heldout", job.heldout_docs, [*EIGHT, "en", "code"])
-    check_room(old, job.n + len(THINK), job.protect)
+    check_room(old, job.n + len(THINK))
     check_texts(held)
     for donor in job.donors:
         check_donor(donor, published.vocabulary(donor))
-    votes = votes_on(old, job)
+    votes, rule = ballot_on(old, job)
     lap("use counted")
     if job.source == "toy":
         words = toy_wish()
     else:
         words = choosing_words(job.words_per_lang, job.docs, job.donors, first=job.first)
     lap(f"{len(words):,} words choose")
-    new = operate(old, job.n, words, votes.use, THINK, votes.weight, job.protect)
+    new = operate(old, job.n, words, votes.use, THINK, votes.weight, rule)
     lap(f"{job.n:,} tokens replaced")
     held_docs = [doc for docs in held.values() for doc in docs]
     certificate = certify(new, old, held_docs, job.seed)

@@ -410,6 +410,8 @@ def counted_votes(
     usage: Usage | None = None,  # None: the shipped table
 ) -> "Votes":  # one voter, who adds up what everybody pays
     "Votes of the texts that were counted once, for Qwen3's ids."
+    if english <= 0:
+        raise UserError(f"english={english}: give a factor above 0; 1 is the shipped say")
     usage = usage or read_usage()
     ours = np.isin(usage.groups, ("en", "code", "vocab"))
     return Votes(np.where(ours, english, 1.0)[None] @ usage.voice, np.ones(1))
