@@ -272,6 +272,6 @@ def test_templates_and_boilerplate_take_bounded_work():
         f"Прочитай условие и реши подробно, по шагам: у Пети {n} яблок, сколько осталось?"
         for n in range(2000)
     ]
-    found, seconds = duplicates.timed(lambda: duplicates.near_duplicates(templated))
-    assert found == []
-    assert seconds < 20
+    pairs = duplicates.candidate_pairs(duplicates.Signatures.of_texts(templated))
+    assert len(pairs) <= 8 * len(templated)
+    assert duplicates.near_duplicates(templated) == []

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['REQUESTS', 'HEAD', 'LEAK_KINDS', 'is_content', 'Alignment', 'Placed', 'other_thing', 'Strictness', 'another_question',
-           'nearest_part', 'is_new', 'beside', 'align_words', 'goes_on', 'may_ask_the_same', 'asks_the_same',
+           'nearest_part', 'says', 'is_new', 'beside', 'align_words', 'goes_on', 'may_ask_the_same', 'asks_the_same',
            'sentence_parts', 'one_sentence', 'enough', 'Protected', 'GuardedItem', 'said_whole', 'window_hashes',
            'WindowIndex', 'LeakGuard', 'stands_whole', 'user_turns', 'decontaminate', 'near_miss', 'leak_benchmark',
            'reworded', 'sentences_reversed', 'in_typesetting', 'leak_kinds_benchmark', 'long_questions_benchmark']
@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from itertools import zip_longest
+from itertools import chain, product, zip_longest
 from operator import methodcaller
 from pathlib import Path
 from typing import NamedTuple, TypedDict
@@ -146,11 +146,14 @@ def nearest_part(item: Placed, text: Placed) -> Placed:
     return text.part(first, best_start + width + width // 4)
 
 
+def says(placed: Placed, word: str) -> bool:
+    "Whether a text has some form of a word."
+    return any(said is not None and same_stem(word, said.word) for said in placed.said)
+
+
 def is_new(lone: Said, item: Placed, text: Placed) -> bool:
     "Whether a telling word stands in one of two texts alone."
-    words = ([said.word for said in placed.said if said is not None] for placed in (item, text))
-    there = [any(same_stem(lone.word, word) for word in some) for some in words]
-    return is_telling(lone.word) and not all(there)
+    return is_telling(lone.word) and not (says(item, lone.word) and says(text, lone.word))
 
 
 def beside(theirs: Placed, length: int, first: bool, last: bool) -> Placed:
@@ -624,14 +627,15 @@ def long_questions_benchmark() -> dict[str, float]:
         return 100 * found / len(texts)
 
     questions = [entry["question"] for entry in entries]
-    innocent = [text for entry in entries for text in entry["near_misses"]]
+    innocent = list(chain.from_iterable(entry["near_misses"] for entry in entries))
+    in_other_words = list(chain.from_iterable(entry["reworded"] for entry in entries))
     forms: list[Callable[[str], str]] = [str, str.upper, str.lower, "Вот задача. {} Реши.".format]
-    dressed = [form(text) for form in forms for text in innocent]
+    dressed = [form(text) for form, text in product(forms, innocent)]
     figures = {
-        f"leak_long_{kind}_pct": found_pct([disguise(text) for text in questions])
+        f"leak_long_{kind}_pct": found_pct(list(map(disguise, questions)))
         for kind, disguise in LEAK_KINDS.items()
         if kind != "reworded"
     }
-    figures["leak_long_reworded_pct"] = found_pct([t for e in entries for t in e["reworded"]])
+    figures["leak_long_reworded_pct"] = found_pct(in_other_words)
     figures["leak_long_false_pct"] = found_pct(dressed)
     return figures

@@ -906,14 +906,14 @@ def minhash_signature(texts: list[str], num_perm: int = 125, bands: int = 25) ->
     "Band keys, texts × bands: 64-bit hashes of `num_perm / bands` MinHash values each."
     from rensa import RMinHash
 
-    values = []
+    width = num_perm // bands
+    banded = [np.empty((0, bands), np.uint64)]
     for some in chunked(texts, 1000):
         hashes = [shingle_hashes(text) for text in some]
         matrix = RMinHash.digest_matrix_from_token_hash_sets(hashes, num_perm, 42)
-        values += matrix.to_rows()
-    width = num_perm // bands
-    banded = np.array(values, dtype=np.uint64).reshape(len(texts), bands, width)
-    return (banded * _ODD[:width]).sum(2, dtype=np.uint64)
+        values = np.array(matrix.to_rows(), np.uint64).reshape(len(some), bands, width)
+        banded.append((values * _ODD[:width]).sum(2, dtype=np.uint64))
+    return np.concatenate(banded)
 
 
 def digits_signature(texts: list[str]) -> np.ndarray:
@@ -1011,6 +1011,11 @@ class Compared:
         self.text = text
 
     @cached_property
+    def numbers(self) -> Counter:
+        "Its runs of digits."
+        return Counter(re.findall(r"\d+", self.text))
+
+    @cached_property
     def shingles(self) -> np.ndarray:
         "Its shingles."
         return shingles(self.text)
@@ -1025,6 +1030,8 @@ def likeness(one: Compared, other: Compared, threshold: float = 0.7) -> float | 
     "Jaccard similarity of two texts that say the same; None where it is lower, or they do not."
     if one.text == other.text:
         return 1.0
+    if one.numbers - other.numbers and other.numbers - one.numbers:
+        return None  # other numbers, which `difference` would find at more cost
     similarity = jaccard_of(one.shingles, other.shingles)
     if similarity < threshold or difference(one.meaning, other.meaning) is not None:
         return None
@@ -1112,7 +1119,7 @@ def row_signatures(rows: Sequence[Row]) -> Signatures:
         rank=np.array([row_rank(row) for row in rows], np.uint64),
         apart=np.array([row_apart(row) for row in rows], np.uint64),
         digits=digits_signature(texts),
-        bands=minhash_signature(texts) if texts else np.empty((0, 25), np.uint64),
+        bands=minhash_signature(texts),
     )
 
 
