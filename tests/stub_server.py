@@ -61,7 +61,8 @@ class Handler(BaseHTTPRequestHandler):
         said = self.server.say(body, number)
         time.sleep(said.wait_s)
         try:
-            if said.body is not None or said.status != 200 or not said.streams:
+            whole = said.body is not None or said.status != 200
+            if whole or not (said.streams and body.get("stream")):
                 self.answer_in_one(said)
             else:
                 self.answer_in_pieces(said)

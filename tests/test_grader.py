@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 
 import pytest
 from hypothesis import given, settings
@@ -198,6 +199,56 @@ def test_the_comparison_counts_what_it_says():
     assert (ours["precision_pct"], ours["recall_pct"], ours["false_positives"]) == (100, 100, 0)
     assert theirs["recall_pct"] == 100
     assert {row["right"] for row in disagreements} <= {"tpro_nb"}
+
+
+def test_graders_that_are_not_installed_are_left_out(monkeypatch):
+    def missing(response, answer, language):
+        raise ImportError
+
+    monkeypatch.setitem(grader.OTHER_GRADERS, "nobody's", missing)
+    assert "math-verify" in grader.installed_graders()
+    assert "nobody's" not in grader.installed_graders()
+
+
+SETS = [  # answer, key, verdict; ? may equal anything
+    ("a?", "ab", "unparsed"),
+    ("?a", "ab", "unparsed"),
+    ("ab", "?c", "wrong"),
+    ("??", "ab", "unparsed"),
+    ("c?", "ab", "wrong"),
+    ("Ab", "ab", "correct"),
+    ("AB", "ba", "correct"),
+    ("Ac", "ab", "wrong"),
+    ("Abc", "abd", "wrong"),
+    ("abc", "ab", "wrong"),
+]
+
+
+@pytest.mark.parametrize("answer,key,verdict", SETS)
+def test_sets_match_in_whatever_order_they_stand(answer, key, verdict):
+    def compared(first: str, second: str) -> str:
+        if "?" in (first, second):
+            return "doubt"
+        return "equal" if first.lower() == second.lower() else "different"
+
+    for ours in permutations(map(grader.Expression, answer)):
+        for its in permutations(map(grader.Expression, key)):
+            assert grader.match_members(ours, its, compared) == verdict
+
+
+def test_each_kind_of_answer_has_its_grader_and_its_vote():
+    asked = {
+        "number": [("Ответ: 0,5", "1/2"), ("Ответ: 7", "1/2")],
+        "letter": [("Ответ: В) да", "B", True, 4), ("Ответ: А", "B", True, 4)],
+        "text": [("<think>?</think>Москва.", "москва"), ("Тула", "Москва")],
+    }
+    assert set(asked) == set(grader.ANSWER_KINDS)
+    for kind, replies in asked.items():
+        given = grader.grade_many(replies, workers=1, language="ru", kind=kind)
+        assert given == ["correct", "wrong"]
+        votes = {grader.ANSWER_KINDS[kind].vote(reply[0], "ru") for reply in replies}
+        assert len(votes) == 2
+    assert grader.same_value("1,000", "1000", "en")
 
 
 def test_unfinished_is_truncated_not_unparsed():

@@ -15,11 +15,11 @@ __all__ = ['Member', 'Form', 'BOX', 'MOST_CLAIMS', 'LATIN_UNITS', 'DRESSING', 'L
            'UNSURE_BEFORE', 'DENIAL', 'OTHER_AMOUNT', 'ABOUT_ANSWER', 'OTHERS_DENIED', 'WHERE_ATTAINED', 'MODULUS',
            'COURTESY', 'HENCE', 'CONFIRMED', 'CHECKED', 'RESTATED', 'EXPLAINED', 'ANY_NUMBER', 'LONGEST_ENDING',
            'LONGEST_SENTENCE', 'EQUATION', 'POWER', 'IT_HOLDS', 'END_OF_FORMULA', 'RETRACTION', 'BOTH',
-           'ANSWER_CONDITION', 'AGREEING_DIGITS', 'common_worker', 'CompareExpressions', 'VERDICT_OF', 'CHOICE_WORD',
-           'NAMED', 'MOST_SIDES', 'NOTATIONS', 'CHOICE_LETTERS', 'LATIN_LOOKS', 'OPTION_WORD', 'FIRST_LETTER',
-           'LONE_LETTER', 'ANSWER_KINDS', 'Accepts', 'OTHER_GRADERS', 'after_think', 'has_trace', 'Infinity',
-           'Expression', 'Span', 'Quantity', 'MeasuredExpression', 'SpanUnion', 'MemberSet', 'NamedValues', 'Family',
-           'NoSolution', 'Words', 'Matrix', 'BaseNumber', 'Ratio', 'LinearEquation', 'Box', 'brace_step',
+           'ANSWER_CONDITION', 'AGREEING_DIGITS', 'common_worker', 'CompareExpressions', 'VERDICT_OF', 'MOST_UNLIKE',
+           'CHOICE_WORD', 'NAMED', 'MOST_SIDES', 'NOTATIONS', 'CHOICE_LETTERS', 'LATIN_LOOKS', 'OPTION_WORD',
+           'FIRST_LETTER', 'LONE_LETTER', 'ANSWER_KINDS', 'Accepts', 'OTHER_GRADERS', 'after_think', 'has_trace',
+           'Infinity', 'Expression', 'Span', 'Quantity', 'MeasuredExpression', 'SpanUnion', 'MemberSet', 'NamedValues',
+           'Family', 'NoSolution', 'Words', 'Matrix', 'BaseNumber', 'Ratio', 'LinearEquation', 'Box', 'brace_step',
            'closing_brace', 'boxes', 'unboxed', 'clean', 'inside_brackets', 'plain_commas', 'with_slash',
            'decimal_value', 'number', 'Measure', 'derived_measure', 'unit_measure', 'quantity', 'cut_unit',
            'latin_letters', 'translated', 'in_radians', 'bracket_depths', 'harmless', 'expression', 'split_outside',
@@ -2133,27 +2133,38 @@ def compare_spans(answer: Span, key: Span, worker: CompareExpressions) -> str:
     return min(verdicts, key=["wrong", "unparsed", "correct"].index)
 
 
+MOST_UNLIKE = 12  # members of a set that may have to be compared each with each
+
+
 def match_members(
     answer: Iterable[Member], key: Iterable[Member], worker: CompareExpressions
 ) -> str:
     """Verdict for two sets, whatever the order of their members.
 
-    correct: the members pair off; wrong: one of them is certainly none of the key's."""
+    correct: the members pair off; wrong: one of them is certainly none of the others."""
     ours, unpaired = list(answer), list(key)
     if len(ours) != len(unpaired):
         return "wrong"
-    rest = [member for member in ours if member not in unpaired]
+    unlike = [member for member in ours if member not in unpaired]
     unpaired = [other for other in unpaired if other not in ours]
-    verdicts = [[compare_members(member, other, worker) for other in unpaired] for member in rest]
-    if any(set(row) == {"wrong"} for row in [*verdicts, *zip(*verdicts)]):
-        return "wrong"
-    free = set(range(len(unpaired)))
-    for row in verdicts:
-        match = next((place for place in sorted(free) if row[place] == "correct"), None)
-        if match is None:
-            return "unparsed"
-        free.remove(match)
-    return "correct"
+    if len(unlike) > MOST_UNLIKE:
+        return "unparsed"
+    free = list(range(len(unpaired)))
+    unmatched: list[dict[int, str]] = []  # verdict by the place of the key's member
+    for member in unlike:
+        verdicts: dict[int, str] = {}
+        for place in free:
+            verdicts[place] = compare_members(member, unpaired[place], worker)
+            if verdicts[place] == "correct":
+                free.remove(place)
+                break
+        else:
+            unmatched.append(verdicts)
+    if not unmatched:
+        return "correct"
+    rows = [[verdicts[place] for place in free] for verdicts in unmatched]
+    alone = any(set(row) == {"wrong"} for row in [*rows, *zip(*rows)])
+    return "wrong" if alone else "unparsed"
 
 # %% ../nbs/04a_grader.ipynb #f62c4f94
 def compare_quantities(answer: Quantity, key: Quantity) -> str:
