@@ -23,7 +23,7 @@ from tpro_nb.gguf_export import (
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    "A tied Qwen3 and an untied Llama with grouped heads, both with the toy's tokenizer."
+    "A tied Qwen3 in float32, an untied bf16 Llama with grouped heads; the toy's tokenizer."
     home = tmp_path_factory.mktemp("models")
     qwen = home / "qwen"
     shutil.copytree(toy("03b_base_model/base"), qwen)
@@ -40,7 +40,7 @@ def folders(tmp_path_factory):
         initializer_range=0.2,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(llama)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(llama)
     tok.save_pretrained(llama)
     return dict(qwen=qwen, llama=llama)
 

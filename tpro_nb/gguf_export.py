@@ -255,9 +255,7 @@ def export_to_gguf(folder: Path | str, path: Path | str) -> Path:
         add_vocabulary(writer, folder, config)
         for tensor in gguf_tensors(folder, config):  # what comes, before the numbers themselves
             data = tensor.data
-            shape = gguf.quant_shape_from_byte_shape(data.shape, tensor.kind)
-            shape = shape if data.dtype == np.uint8 else data.shape
-            writer.add_tensor_info(tensor.name, shape, data.dtype, data.nbytes, tensor.kind)
+            writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
