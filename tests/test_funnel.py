@@ -79,6 +79,15 @@ def once(tmp_path_factory) -> curate.Curation:
     return asked
 
 
+def test_columns_that_no_row_fills_are_not_written(once, tmp_path):
+    (file, *_) = sorted(Path(once.out, "kept").glob("*.parquet"))
+    names = set(pq.ParquetFile(file).schema_arrow.names)
+    assert {"id", "messages", "lang", "source", "line"} <= names
+    assert not names & {"rejected", "tools", "neutralised"}
+    columns = ["id", "messages", "turns.weight"]
+    assert str(funnel.schema_of(columns).field("messages").type).count("weight") == 1
+
+
 def test_every_row_is_accounted_for_and_says_why(once):
     kept, dropped = kept_rows(once.out), dropped_rows(once.out)
     assert len(kept) + len(dropped) == len(dump()) + 1

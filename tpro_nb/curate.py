@@ -40,6 +40,7 @@ from tpro_nb.funnel import (
 )
 from .rows import RowFault
 from tpro_nb.sources import (
+    SHAPE_KEYS,
     SHAPES,
     Reading,
     carries_tools,
@@ -170,24 +171,22 @@ def find_row(out: str, wanted: str) -> list[dict]:
     lines = engine.execute(f"SELECT {', '.join(names)} FROM {dropped} WHERE {which}", values)
     found += [dict(zip(names, values_of)) for values_of in lines.fetchall()]
     if list(Path(out, "kept").glob("*.parquet")):
-        kept = files_table(f"{out}/kept/*.parquet", options=", filename=true")
+        kept = files_table(f"{out}/kept/*.parquet", options=", filename=true, union_by_name=true")
+        columns = [
+            column[0] for column in engine.execute(f"DESCRIBE SELECT * FROM {kept}").fetchall()
+        ]
+        changed = "changed_by" if "changed_by" in columns else "NULL"
         lines = engine.execute(
-            f"SELECT id, source, line, filename, messages[1].content FROM {kept} WHERE {which}",
+            f"""SELECT id, source, line, 'kept', filename, {changed}, messages[1].content
+            FROM {kept} WHERE {which}""",
             values,
         )
-        for id, source, line, file, text in lines.fetchall():
-            where = Path(file).relative_to(Path(out))
-            found.append(
-                dict(
-                    id=id,
-                    source=source,
-                    line=line,
-                    step="kept",
-                    reason=f"in {where}",
-                    met="",
-                    shown=text[:300],
-                )
-            )
+        for id, source, line, step, file, changes, text in lines.fetchall():
+            where = f"in {Path(file).parent.name}/{Path(file).name}"
+            if changes:
+                where += f", changed by {', '.join(changes)}"
+            told = (id, source, line, step, where, "", text[:300])
+            found.append(dict(zip(names, told)))
     return found
 
 
@@ -260,6 +259,9 @@ def curate_parser() -> argparse.ArgumentParser:
         "tpro-nb curate",
         description="A clean, deduplicated, decontaminated set of the rows that you bring;"
         " every row that is gone has its reason. The same line again continues a killed run.",
+        epilog="examples: tpro-nb curate chats.jsonl.gz alpaca/ --protect exam.jsonl --out clean"
+        " --workers 8 --filter languages=ru,en --filter personal=drop. Then: tpro-nb curate clean"
+        " --why chats.jsonl.gz:17",
     )
     parser.add_argument(
         "inputs",
@@ -277,8 +279,10 @@ def curate_parser() -> argparse.ArgumentParser:
         "--protect-key", default="", metavar="KEY", help="the key of their question"
     )
     parser.add_argument(
-        "--shape", default="", choices=["", *SHAPES], help="of all rows; else told by their keys"
-    )
+        "--shape", default="", metavar="SHAPE", choices=["", *SHAPES],
+        help="the shape of all rows, where their keys shall not tell it: "
+        + ". ".join(f"{name}: {keys}" for name, keys in SHAPE_KEYS.items()),
+    )  # fmt: skip
     parser.add_argument("--licence", default="not stated", help="of the rows; stands in the result")
     parser.add_argument(
         "--template",
@@ -342,18 +346,22 @@ def curate_parser() -> argparse.ArgumentParser:
 
 def filter_help() -> str:
     "The filters of chapter 05c and their values, for --help."
-    told = [f"{name}={value}" for name, value in vars(FilterSettings()).items()]
-    return f"a filter's setting; as they are: {' '.join(told)}"
+    told = []
+    for name, value in vars(FilterSettings()).items():
+        told.append(
+            f"{name}={','.join(value) or 'all'}" if isinstance(value, tuple) else f"{name}={value}"
+        )
+    return f"a filter's setting, as often as needed; as they are: {' '.join(told)}"
 
 
-def pairs_of(option: str, given: Sequence[str]) -> dict[str, str]:
-    "KEY=VALUE arguments; UserError for one that is none."
-    pairs = {}
+def pairs_of(option: str, given: Sequence[str]) -> dict[str, Any]:
+    "KEY=VALUE arguments, whole numbers as such; UserError for one that is none."
+    pairs: dict[str, Any] = {}
     for text in given:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise UserError(f"{option} {text}: KEY=VALUE was expected")
-        pairs[key] = value
+        pairs[key] = int(value) if value.isdigit() else value
     return pairs
 
 
@@ -365,11 +373,11 @@ def filter_settings(given: Sequence[str]) -> FilterSettings:
         if key not in now:
             raise UserError(f"--filter {key}: unknown; known: {', '.join(now)}")
         if isinstance(now[key], bool):
-            if value.lower() not in ("true", "false"):
+            if str(value).lower() not in ("true", "false"):
                 raise UserError(f"--filter {key}: {value!r}, where true or false was expected")
-            changed[key] = value.lower() == "true"
+            changed[key] = str(value).lower() == "true"
         elif isinstance(now[key], tuple):
-            changed[key] = tuple(part for part in value.split(",") if part)
+            changed[key] = tuple(part for part in str(value).split(",") if part and part != "all")
         elif isinstance(now[key], (int, float)):
             try:
                 changed[key] = type(now[key])(value)
@@ -425,7 +433,7 @@ def funnel_plan_text(plan: FunnelPlan) -> str:
     shapes = first_shapes(plan)
     shards = Counter(piece.source.name for piece in plan.pieces)
     lines = [
-        f"{name}: {shards[name]} shards; begins with {shape}" for name, shape in shapes.items()
+        f"{name}: begins with {shape}; {shards[name]} shard(s)" for name, shape in shapes.items()
     ]
     items = read_json(plan.protect)
     looked_for = len(LeakGuard(items).items)

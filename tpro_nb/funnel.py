@@ -2,17 +2,17 @@
 
 # %% auto #0
 __all__ = ['ROW_SCHEMA', 'OPTIONAL', 'DROPPED_SCHEMA', 'N_BANDS', 'SIGN_SCHEMA', 'PAIR_SCHEMA', 'RowPlace', 'COMPARED_SCHEMA',
-           'VERDICT_SCHEMA', 'EXECUTORS', 'IN_BETWEEN', 'CLEANING_NOTES', 'row_of_record', 'ShardWriter', 'row_shard',
-           'read_shard', 'write_shard', 'Fate', 'Carried', 'document_of', 'refused_document', 'carried_by', 'RowBlock',
-           'ReadSource', 'ReadShard', 'JudgeRows', 'leak_step', 'dropped_record', 'WriteRows', 'SignRows',
+           'VERDICT_SCHEMA', 'EXECUTORS', 'IN_BETWEEN', 'CLEANING_NOTES', 'schema_of', 'row_of_record', 'ShardWriter',
+           'row_shard', 'read_shard', 'write_shard', 'Fate', 'Carried', 'document_of', 'refused_document', 'carried_by',
+           'RowBlock', 'ReadSource', 'ReadShard', 'JudgeRows', 'leak_step', 'dropped_record', 'WriteRows', 'SignRows',
            'table_engine', 'files_table', 'SignedRows', 'identity_table', 'near_signatures', 'find_pairs',
            'fetch_texts', 'exactly_alike', 'compare_pairs', 'settle_pairs', 'ApplyVerdicts', 'Machines', 'Step',
            'QuietExecutor', 'executor_of', 'finished_tasks', 'progress_shown', 'run_pipeline', 'light_rows',
-           'choosing_steps', 'choose_rows', 'FunnelPlan', 'FilterRows', 'filter_both', 'tag_step', 'CountTokens',
-           'duplicate_steps', 'funnel_steps', 'statistics_of', 'write_dropped_rows', 'check_sum', 'kept_files',
-           'rows_by_source', 'plain_number', 'language_table', 'summarise', 'asked_of', 'begin_run', 'sbatch_scripts',
-           'run_funnel', 'licence_step', 'coarse_step', 'cleaning_steps', 'without_dropped', 'cleaned_funnel',
-           'leak_report']
+           'columns_in_use', 'choosing_steps', 'choose_rows', 'FunnelPlan', 'FilterRows', 'filter_both', 'tag_step',
+           'CountTokens', 'duplicate_steps', 'funnel_steps', 'statistics_of', 'write_dropped_rows', 'check_sum',
+           'kept_files', 'rows_by_source', 'plain_number', 'language_table', 'summarise', 'asked_of', 'begin_run',
+           'sbatch_scripts', 'run_funnel', 'licence_step', 'coarse_step', 'cleaning_steps', 'without_dropped',
+           'cleaned_funnel', 'leak_report']
 
 # %% ../nbs/05i_funnel.ipynb #e6cc8330
 import contextlib
@@ -98,6 +98,17 @@ _ROW_TYPES = dict(
 )
 ROW_SCHEMA = pa.schema([(name, _ROW_TYPES.get(name, pa.string())) for name in Row.__annotations__])
 OPTIONAL = tuple(sorted(Row.__optional_keys__))
+
+
+def schema_of(columns: list[str]) -> pa.Schema:
+    "Some columns of the schema; `turns.weight` and `turns.tool_calls` are fields of the turns."
+    turn = [
+        part
+        for part in _TURN
+        if part.name in ("role", "content") or f"turns.{part.name}" in columns
+    ]
+    types = {name: ROW_SCHEMA.field(name).type for name in ROW_SCHEMA.names if name in columns}
+    return pa.schema(list((types | dict(messages=pa.list_(pa.struct(turn)))).items()))
 
 
 def row_of_record(record: dict) -> Row:
@@ -347,13 +358,15 @@ class WriteRows(PipelineStep):
 
     name, type = "write", "rows"
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, columns: str = ""):
         super().__init__()
         self.folder = folder
+        self.columns = columns  # a json file of the columns that are written; "": all
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         "Nothing comes after it."
-        rows = ShardWriter(row_shard(f"{self.folder}/rows", rank), ROW_SCHEMA)
+        schema = schema_of(read_json(self.columns)) if self.columns else ROW_SCHEMA
+        rows = ShardWriter(row_shard(f"{self.folder}/rows", rank), schema)
         dropped = ShardWriter(row_shard(f"{self.folder}/dropped", rank), DROPPED_SCHEMA)
         count = Counter(read=0, kept=0)
         for document in data:
@@ -426,8 +439,7 @@ def table_engine(work: Path | str, threads: int = 1) -> Any:
     import duckdb
 
     engine = duckdb.connect()
-    spill = Path(work) / "spill"
-    spill.mkdir(parents=True, exist_ok=True)
+    spill = Path(work) / "spill"  # made when it is needed
     engine.execute("SET memory_limit = '1GB'")
     engine.execute(f"SET threads = {threads}")
     engine.execute("SET temp_directory = ?", [str(spill)])
@@ -713,7 +725,13 @@ def progress_shown(steps: Sequence[Step], work: str) -> Iterator[None]:
     from tqdm import tqdm
 
     total = sum(step.tasks for step in steps)
-    bar = tqdm(total=total, initial=sum(finished_tasks(steps, work)), unit="shard", file=sys.stderr)
+    bar = tqdm(
+        total=total,
+        initial=sum(finished_tasks(steps, work)),
+        unit="task",
+        file=sys.stderr,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
     over = threading.Event()
 
     def watch() -> None:
@@ -721,7 +739,8 @@ def progress_shown(steps: Sequence[Step], work: str) -> Iterator[None]:
             done = finished_tasks(steps, work)
             open_steps = [step.name for step, n in zip(steps, done) if n < step.tasks]
             bar.set_description(open_steps[0] if open_steps else "done", refresh=False)
-            bar.update(sum(done) - bar.n)
+            if sum(done) > bar.n:
+                bar.update(sum(done) - bar.n)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -764,6 +783,19 @@ def light_rows(work: str, folder: str) -> list[dict]:
     return [dict(zip(names, values)) for values in found.fetchall()]
 
 
+def columns_in_use(work: str, folder: str) -> list[str]:
+    "Columns of the rows, without those that no row fills."
+    engine = table_engine(work)
+    table = files_table(f"{folder}/*.parquet")
+    tests = {name: f"count({name})" for name in OPTIONAL}
+    for part in ("weight", "tool_calls"):
+        filled = f"list_count(list_transform(messages, lambda turn: turn.{part}))"
+        tests[f"turns.{part}"] = f"coalesce(sum({filled}), 0)"
+    counts = engine.execute(f"SELECT {', '.join(tests.values())} FROM {table}").fetchone()
+    empty = {name for name, count in zip(tests, counts) if not count}
+    return [name for name in [*ROW_SCHEMA.names, *tests] if name not in empty]
+
+
 def choosing_steps(settings: FunnelSettings) -> dict[str, FunnelStep]:
     "Name → step, of those choices that the settings ask for."
     steps: dict[str, FunnelStep] = {}
@@ -780,6 +812,7 @@ def choose_rows(
     data=None, rank: int = 0, world_size: int = 1, *, work: str, rows: str, settings: FunnelSettings
 ) -> tuple:
     "One task: which rows go for the sake of the whole set, as verdicts."
+    write_json(f"{work}/columns.json", columns_in_use(work, rows))
     steps = choosing_steps(settings)
     light = sorted(light_rows(work, rows), key=hash_order) if steps else []
     writer = ShardWriter(row_shard(f"{work}/choice", 0), VERDICT_SCHEMA)
@@ -932,7 +965,7 @@ def funnel_steps(plan: FunnelPlan) -> list[Step]:
                 ReadShard(f"{clean}/rows"),
                 ApplyVerdicts(f"{work}/choice"),
                 CountTokens(plan.tokenizer),
-                WriteRows(kept),
+                WriteRows(kept, columns=f"{work}/columns.json"),
             ],
         ),
         Step("summary", 1, [partial(summarise, plan=plan)]),

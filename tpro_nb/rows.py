@@ -663,6 +663,8 @@ def read_turn(turn: Any, where: str, tools: bool = False) -> tuple[Turn, int]:
         raise RowFault(f"{where}: a turn without role or content: {kind_of(turn)}")
     role: Any = turn.get("role")
     known = (*ROLES, "tool") if tools else ROLES
+    if role in ("tool", "function") and not tools:
+        raise RowFault(f"{where}.role: {role!r}: the chat template carries no tools")
     if role not in known:
         found = "none" if "role" not in turn else repr(role)[:60]
         raise RowFault(
