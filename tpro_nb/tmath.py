@@ -27,6 +27,7 @@ from .core import UserError, atomic_write
 from tpro_nb.grader import (
     Expression,
     Family,
+    MeasuredExpression,
     MemberSet,
     NamedValues,
     Quantity,
@@ -427,7 +428,7 @@ ALL_OF = re.compile(
 def answer_is_no_number(answer: str) -> str | None:
     "Why an answer is not one number; None when it is."
     form = parse(answer)
-    if isinstance(form, Quantity):
+    if isinstance(form, Quantity | MeasuredExpression):
         return None
     if isinstance(form, Expression):
         unknowns = re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", answer))
