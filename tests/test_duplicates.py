@@ -275,3 +275,17 @@ def test_templates_and_boilerplate_take_bounded_work():
     pairs = duplicates.candidate_pairs(duplicates.Signatures.of_texts(templated))
     assert len(pairs) <= 8 * len(templated)
     assert duplicates.near_duplicates(templated) == []
+
+
+def test_copies_are_found_among_a_thousand_pages_of_one_boilerplate():
+    words = sorted({word for text in summaries() for word in text.split() if word.isalpha()})
+    rng = random.Random(1)
+    page = (
+        "Thank you for writing to the support of our company, your request was registered, and we "
+        "shall answer it within a day. It says: {} The support of the company greets its customer."
+    )
+    pages = [page.format(" ".join(rng.choices(words, k=20))) for _ in range(1000)]
+    copies = [text.upper() for text in pages[::20]]
+    found = duplicates.near_pairs(pages + copies)
+    assert len([text for text in found if text >= len(pages)]) >= 0.98 * len(copies)
+    assert len([text for text in found if text < len(pages)]) <= 5

@@ -947,28 +947,37 @@ class Signatures:
 # %% ../nbs/05d_duplicates.ipynb #25d20001
 _COMPARED = 8  # texts that a text is compared with
 _SMALL_BUCKET = 4
+_FINER = 3  # bands by which a bucket is sorted
 
 
-def bucket_pairs(keys: np.ndarray, digits: np.ndarray) -> np.ndarray:
-    "Pairs of one band, as later · 2³² + earlier; `keys` and `digits` stand in order of rank."
-    order = np.lexsort((digits, keys)).astype(np.uint64)
-    keys, digits = keys[order], digits[order]
+def bucket_pairs(keys: np.ndarray, digits: np.ndarray, finer: Sequence[np.ndarray]) -> np.ndarray:
+    """Pairs of one band, as later · 2³² + earlier; all arrays stand in order of rank.
+
+    `finer`, keys of other bands, bring the most alike of a large bucket together."""
+    ordered = np.sort(keys)
+    shared = ordered[1:][ordered[1:] == ordered[:-1]]
+    company = np.flatnonzero(np.isin(keys, shared)).astype(np.uint64)
+    keys, digits = keys[company], digits[company]
+    order = np.lexsort([*(key[company] for key in reversed(finer)), digits, keys])
+    keys, digits, texts = keys[order], digits[order], company[order]
     places = np.arange(len(order))
-    same_key = np.append(False, keys[1:] == keys[:-1])
-    same = same_key & np.append(False, digits[1:] == digits[:-1])
-    first = np.maximum.accumulate(np.where(same, 0, places))
-    found = [(places[same], places[same] - 1)]
-    third = same & (places - first > 1)
-    found.append((places[third], first[third]))
+    same_key = np.append(False, keys[1:] == keys[:-1])[: len(order)]
+    same = same_key & np.append(False, digits[1:] == digits[:-1])[: len(order)]
+    found = [(texts[places[same]], texts[places[same] - 1])]
+    if len(order):
+        begins = np.flatnonzero(~same)
+        lowest = np.minimum.reduceat(texts, begins)
+        first = np.repeat(lowest, np.diff(np.append(begins, len(order))))
+        found.append((texts[texts != first], first[texts != first]))
 
     begins = np.flatnonzero(~same_key)
-    sizes = np.diff(np.append(begins, len(keys)))
+    sizes = np.diff(np.append(begins, len(order)))
     small = np.repeat(sizes <= _SMALL_BUCKET, sizes)
     run = np.repeat(begins, sizes)
     for back in range(1, _SMALL_BUCKET):
-        inside = small & (places - run >= back)
-        found.append((places[inside], places[inside] - back))
-    one, other = (order[np.concatenate(side)] for side in zip(*found))
+        inside = places[small & (places - run >= back)]
+        found.append((texts[inside], texts[inside - back]))
+    one, other = (np.concatenate(side) for side in zip(*found))
     return np.unique((np.maximum(one, other) << np.uint64(32)) | np.minimum(one, other))
 
 
@@ -989,9 +998,12 @@ def candidate_pairs(signed: Signatures, most: int = _COMPARED) -> np.ndarray:
     in_order = np.argsort(signed.rank, kind="stable")
     digits, apart = signed.digits[in_order], signed.apart[in_order]
     codes, times = np.empty(0, np.uint64), np.empty(0, np.int64)
-    for band in range(signed.bands.shape[1]):
-        keys = signed.bands[:, band][in_order] + apart * _ODD[0]
-        met = bucket_pairs(keys, digits)
+    n_bands = signed.bands.shape[1]
+    for band in range(n_bands):
+        keys, *finer = (
+            signed.bands[:, (band + step) % n_bands][in_order] for step in range(_FINER + 1)
+        )
+        met = bucket_pairs(keys + apart * _ODD[0], digits, finer)
         both = np.concatenate([codes, met])
         codes, where = np.unique(both, return_inverse=True)
         weights = np.concatenate([times, np.ones(len(met), np.int64)])
