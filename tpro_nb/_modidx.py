@@ -3200,6 +3200,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'tpro_nb.voters.language_say': ('voters.html#language_say', 'tpro_nb/voters.py'),
                                 'tpro_nb.voters.letter_owners': ('voters.html#letter_owners', 'tpro_nb/voters.py'),
                                 'tpro_nb.voters.listed_words': ('voters.html#listed_words', 'tpro_nb/voters.py'),
+                                'tpro_nb.voters.measure_usage': ('voters.html#measure_usage', 'tpro_nb/voters.py'),
                                 'tpro_nb.voters.pack_usage': ('voters.html#pack_usage', 'tpro_nb/voters.py'),
                                 'tpro_nb.voters.package_text': ('voters.html#package_text', 'tpro_nb/voters.py'),
                                 'tpro_nb.voters.piece_words': ('voters.html#piece_words', 'tpro_nb/voters.py'),

@@ -7,7 +7,7 @@ __all__ = ['ENGLISH_WEIGHT', 'WordList', 'WordWeights', 'NOT_A_VOTER', 'VOTING_F
            'first_script', 'script_votes', 'WrittenForm', 'frequency_blocks', 'add_usage', 'count_usage',
            'serbian_cyrillic', 'cyrillic_words', 'listed_words', 'letter_owners', 'donor_words', 'piece_words',
            'language_say', 'add_shares', 'choosing_words', 'documents_by_language', 'package_text', 'vocabulary_text',
-           'Votes', 'count_votes', 'Usage', 'read_usage', 'pack_usage', 'counted_votes']
+           'Votes', 'count_votes', 'Usage', 'read_usage', 'pack_usage', 'counted_votes', 'measure_usage']
 
 # %% ../nbs/02b_voters.ipynb #998a6253
 import json
@@ -26,7 +26,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from . import assets, corpora, published
-from .certificate import TABLES, byte_level, token_text, tokenizer_from_json
+from tpro_nb.certificate import (
+    TABLES,
+    byte_level,
+    token_text,
+    tokenizer_fingerprint,
+    tokenizer_from_json,
+)
 from .core import CHAT_TEMPLATE, UserError
 from .tokenizer_analysis import language_documents, toy_texts
 
@@ -415,3 +421,25 @@ def counted_votes(
     usage = usage or read_usage()
     ours = np.isin(usage.groups, ("en", "code", "vocab"))
     return Votes(np.where(ours, english, 1.0)[None] @ usage.voice, np.ones(1))
+
+# %% ../nbs/02b_voters.ipynb #7c1e4a05
+def measure_usage(
+    tok_json: dict,  # the vocabulary
+    groups: Mapping[str, Mapping[str, list[str]]],  # group → text → documents
+    say: Mapping[str, float],  # of each group
+) -> Usage:
+    "Count texts by group; within a group every text has an equal part, whatever its length."
+    tok = tokenizer_from_json(tok_json)
+    size = max(tok.get_vocab().values()) + 1
+    voice = np.zeros((len(groups), size), np.float32)
+    for row, (group, texts) in zip(voice, groups.items()):
+        for docs in texts.values():
+            counts = np.zeros(size, np.float32)
+            add_usage(counts, tok, docs, np.ones(len(docs)))
+            row += 1e6 * say[group] * counts / max(1, counts.sum()) / len(texts)
+    return Usage(
+        groups=list(groups),
+        say=np.array([say[group] for group in groups], float),
+        voice=voice,
+        base=tokenizer_fingerprint(tok_json),
+    )
