@@ -657,7 +657,7 @@ def test_the_draft_rests_beyond_the_crossing(folders, up_to):
 def test_costs_choose_the_piece_and_the_crossing():
     costs = PassCosts({1: 10.0, 4: 10.0, 8: 20.0, 64: 160.0}, 0.01, draft_ms=2.0, rows=5)
     assert costs.time(128) == 320
-    assert [costs.piece(rows, 0) for rows in (0, 1, 4)] == [12, 11, 8]
+    assert [costs.piece(rows, 0) for rows in (0, 1, 4)] == [10, 9, 6]
     sizes = [costs.piece(1, past) for past in (0, 150, 500, 1000, 10**6)]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > sizes[-1] == 4

@@ -306,7 +306,7 @@ def check_memory(needed: int, what: str) -> None:
 MEASURED_ROWS = (1, 4, 8, 12, 16, 32)
 MOST_MEASURED = 64  # more rows cost in proportion
 NEAR_PAST = 150  # tokens, as in `forward_times`
-LONGEST_TURN = 3.0  # with a piece of a prompt, in turns without
+LONGEST_TURN = 2.5  # with a piece of a prompt, in turns without
 LEAST_PIECE, MOST_PIECE = 4, 256  # tokens
 
 

@@ -243,11 +243,11 @@ async def gaps_beside_a_prompt(
     model: str,
     number: int,  # of the questions; another one each time
     tokens: int = 2000,  # of the long prompt
-    steps: int = 80,  # of the stream before the prompt comes
+    steps: int = 80,  # of the stream before the prompt comes, and after it
 ) -> dict:
     """Gaps of a stream while a prompt is read, in its usual gaps: median, 95 %, and the longest.
 
-    `longest_alone` is the longest before the prompt came: what the machine does by itself.
+    `longest_alone` is the longest before and after it: what the machine does by itself.
     `turns`: in how many turns the prompt was read."""
     import httpx
 
@@ -261,7 +261,7 @@ async def gaps_beside_a_prompt(
 
     times: list[float] = []
     turns: list[int] = []
-    other = None
+    other, last = None, 0
     async with httpx.AsyncClient(timeout=600) as client:
         asked = [dict(role="user", content=f"{number}. Расскажи о море.")]
         body = step_body(model, asked, service.dec.context - 256)
@@ -270,14 +270,16 @@ async def gaps_beside_a_prompt(
             if len(times) == steps:
                 other = asyncio.create_task(long_prompt(client))
                 turns.append(service.sched.total["turns"])
-            if other and other.done():
+            if other and other.done() and len(turns) == 1:
                 turns.append(service.sched.total["turns"])
+                last = len(times) + steps
+            if len(times) == last:
                 break
         else:
             raise RuntimeError(f"the stream ended before a prompt of {tokens} tokens was read")
     sent, read = waited
     gaps = [(begin, end - begin) for begin, end in zip(times, times[1:])]
-    alone = [gap for begin, gap in gaps if begin + gap < sent]
+    alone = [gap for begin, gap in gaps if begin + gap < sent or begin >= read]
     beside = sorted(gap for begin, gap in gaps if begin + gap >= sent and begin < read)
     usual = statistics.median(alone)
     return dict(
