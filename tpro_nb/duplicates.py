@@ -656,10 +656,11 @@ def other_words(one: Meaning, other: Meaning) -> tuple[str, str] | None:
 
 
 def put_in(one: Meaning, other: Meaning) -> str | None:
-    "A negation, or a word like one, that one has and the other lacks in the same place."
+    "A negation that one has and the other lacks: where it asks, or in the same place."
     more = one.words - other.words
     for said in one.said_of(Counter({word: 1 for word in more if word in _PUT_IN})):
-        if (said.left, said.right) in other.bigrams:
+        denied = said.asked and said.word in NEGATIONS
+        if denied or (said.left, said.right) in other.bigrams:
             return said.word
     return None
 
