@@ -223,7 +223,8 @@ def test_studies_are_shown_and_named_as_other_runs(checkout):
     assert Tags(text).balanced
     assert "Nothing in the ledger rests on them" in text
     views = report.study_views(run)
-    folders = {f"outputs/reference/{name}" for name in ("ablate", "grid", "limits", "bench")}
+    names = ("ablate", "grid", "limits", "bench", "curation")
+    folders = {f"outputs/reference/{name}" for name in names}
     assert {view.folder for view in views} == folders
     for view in views:
         assert view.committed
