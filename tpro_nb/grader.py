@@ -1464,8 +1464,9 @@ LEADING_IN = re.compile(
 ANSWER_IS_SO = re.compile(r"(?i)(?:correct|right|верен|верный|правильный|проверен|found)\W*")
 NOT_MINE = re.compile(  # «неверный ответ: 5», «возможный ответ: 5»
     r"(?i)(?:(?:не|ошибочн|ложн|возможн|вероятн|предположительн|примерн|приблизительн|промежуточн"
-    r"|частичн)[а-яё]*|(?:наверное|видимо),|possible|probable|likely|approximate|partial|wrong"
-    r"|incorrect|intermediate|perhaps the|maybe the)\s+$"
+    r"|частичн)[а-яё]*|(?:наверное|видимо|возможно|вероятно|может быть|похоже|кажется),?"
+    r"|possible|probable|likely|approximate|partial|wrong"
+    r"|incorrect|intermediate|(?:perhaps|maybe|probably|possibly),?(?: the)?(?: final)?)\s+$"
 )
 SENTENCE_END = re.compile(r"(?<=\S)[.!](?:\s+(?=[А-ЯЁA-Z])|\s*$)")
 
@@ -1473,6 +1474,7 @@ SENTENCE_END = re.compile(r"(?<=\S)[.!](?:\s+(?=[А-ЯЁA-Z])|\s*$)")
 def without_markdown(text: str) -> str:
     "A text without bold, headings and quotes; `2**3` is a power and stays."
     text = text.replace("\r\n", "\n").replace("</answer>", "\n")
+    text = re.sub(r"(?<!\S)~~(?=\S)[^~\n]{1,300}(?<=\S)~~(?!\w)", "", text)  # struck through
     text = re.sub("[✅✔✓☑🎉👍🏆📝📌🎯\ufe0f]", "", text)
     text = re.sub(r"(?<!\w)__(?=[^_\n]{1,80}__)|(?<=[\w:.!?])__(?!\w)", "", text)
     text = re.sub(r"<answer>\s*", "\nAnswer: ", text)
@@ -2355,7 +2357,7 @@ def chain_of_equals(
 
     A name may be a side, and what stands behind ≈ is not looked at."""
     exact, *about = re.split(r"≈|\\approx", answer)
-    if about and re.search(r"\d[.,]\d", exact):
+    if about and (re.search(r"\d[.,]\d", exact) or not re.search(r"\d[.,]\d", about[0])):
         return False
     sides = clean(exact).split("=")
     if "=" in key or not (about or 1 < len(sides) <= MOST_SIDES):
