@@ -6,7 +6,6 @@ __all__ = ['TOKENSURGEON', 'end_bits', 'lead', 'sparsemax', 'focus_rows', 'PeerP
 
 # %% ../nbs/03c_initialisers.ipynb #03b00003
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -136,10 +135,9 @@ class StartRow(TypedDict):
 def starts(paths: PeerPaths, texts: list[str], seed: int = 0) -> dict[str, StartRow]:
     "Bits per byte right after the swap by every rule here and there, ours first."
     dense = AutoTokenizer.from_pretrained(paths.dense)
-    build: dict[str, Callable] = {init: by_init for init in INITS}
     theirs = list(TOKENSURGEON) if paths.tokensurgeon else []
     found: dict[str, TextBits] = {}
-    for init in build:
+    for init in INITS:
         found[init] = text_bits(by_init(paths, init), dense, texts)
     found["FOCUS"] = text_bits(by_focus(paths), dense, texts)
     for rule in theirs:
