@@ -291,6 +291,7 @@ def test_weights_that_are_no_numbers_are_never_saved(tmp_path):
         model=adapted,
         train=train,
         add_callback=lambda callback: None,
+        remove_callback=lambda callback: None,
         state=SimpleNamespace(log_history=[dict(loss=1.0)]),
     )
     with pytest.raises(UserError, match="not finite.*Lower lr"):
