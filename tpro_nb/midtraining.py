@@ -41,6 +41,7 @@ from tpro_nb.training import (
     sft_trainer,
     trainable,
     trainer_args,
+    trainer_fields,
     work_key,
 )
 
@@ -247,32 +248,22 @@ class MidtrainingSettings:
     report_to: str = "none"
 
 
-def midtraining_args(work: Path, settings: MidtrainingSettings):
-    "TRL's SFTConfig for packed conversations."
+def midtraining_args(work: Path, settings: MidtrainingSettings, **extra):
+    "TRL's SFTConfig for packed conversations; `extra` goes through."
     from trl import SFTConfig
 
     return trainer_args(
         SFTConfig,
         work,
-        steps=settings.steps,
-        batch=settings.batch,
-        accumulate=settings.accumulate,
-        lr=settings.lr,
-        warmup=settings.warmup,
+        **trainer_fields(settings),
         schedule="cosine_with_min_lr",
         schedule_kwargs=dict(min_lr=settings.lr_min),
-        betas=(0.9, settings.beta2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        clip=settings.clip,
-        save_every=settings.save_every,
-        seed=settings.seed,
-        report_to=settings.report_to,
         log_every=1 if settings.steps < 50 else 5,
         packing=True,
         packing_strategy="bfd",
         max_length=settings.context,
         include_num_input_tokens_seen="all",
+        **extra,
     )
 
 # %% ../nbs/06_midtraining.ipynb #27e32716

@@ -45,6 +45,7 @@ from tpro_nb.training import (
     set_specials,
     trainable,
     trainer_args,
+    trainer_fields,
     work_key,
 )
 
@@ -609,16 +610,7 @@ def reward_args(work: Path, settings: RewardSettings, **extra):
     return trainer_args(
         RewardConfig,
         work,
-        steps=settings.steps,
-        batch=settings.batch,
-        accumulate=settings.accumulate,
-        lr=settings.lr,
-        warmup=settings.warmup,
-        weight_decay=settings.weight_decay,
-        clip=settings.clip,
-        save_every=settings.save_every,
-        seed=settings.seed,
-        report_to=settings.report_to,
+        **trainer_fields(settings),
         log_every=1 if settings.steps < 50 else 5,
         max_length=settings.max_length,
         center_rewards_coefficient=settings.center or None,

@@ -35,6 +35,7 @@ from tpro_nb.training import (
     sft_trainer,
     trainable,
     trainer_args,
+    trainer_fields,
 )
 
 # %% ../nbs/07_sft.ipynb #682a4caf
@@ -168,32 +169,22 @@ class SFTSettings:
     report_to: str = "none"
 
 
-def sft_args(work: Path, settings: SFTSettings):
-    "TRL's SFTConfig; rows come to it cut already."
+def sft_args(work: Path, settings: SFTSettings, **extra):
+    "TRL's SFTConfig; rows come to it cut already. `extra` goes through."
     from trl import SFTConfig
 
+    given = trainer_fields(settings) | dict(steps=settings.steps or -1)
     return trainer_args(
         SFTConfig,
         work,
-        steps=settings.steps or -1,
-        epochs=settings.epochs,
-        batch=settings.batch,
-        accumulate=settings.accumulate,
-        lr=settings.lr,
-        warmup=settings.warmup,
-        betas=(0.9, settings.beta2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        clip=settings.clip,
-        save_every=settings.save_every,
-        seed=settings.seed,
-        report_to=settings.report_to,
+        **given,
         log_every=1 if 0 < settings.steps < 50 else 5,
         packing=settings.packing,
         packing_strategy="bfd",
         padding_free=row_parts() == 1,
         pad_to_multiple_of=64,
         max_length=settings.context if settings.packing else None,
+        **extra,
     )
 
 # %% ../nbs/07_sft.ipynb #eee1271b

@@ -4,9 +4,9 @@
 __all__ = ['OPTIMISER_FILES', 'check_sizes', 'device', 'load_model', 'vocab_matrices', 'set_specials', 'conversation_starts',
            'stack_conversations', 'attention_by_conversation', 'row_parts', 'set_attention', 'sharded', 'new_rows',
            'module_name', 'lora_config', 'trainable', 'save_model_folder', 'stored_rows', 'changed_rows',
-           'merge_and_save', 'gather_model', 'TrainerSettings', 'trainer_args', 'Watch', 'LossBar', 'fp32_sums',
-           'labelled_positions', 'sft_trainer', 'whole_checkpoint', 'checkpoint_step', 'last_checkpoint', 'work_key',
-           'fit_folder', 'check_finite', 'fit']
+           'merge_and_save', 'gather_model', 'TrainerSettings', 'trainer_fields', 'trainer_args', 'Watch', 'LossBar',
+           'fp32_sums', 'labelled_positions', 'sft_trainer', 'whole_checkpoint', 'checkpoint_step', 'last_checkpoint',
+           'work_key', 'fit_folder', 'check_finite', 'fit']
 
 # %% ../nbs/03a_training.ipynb #8b9be226
 import hashlib
@@ -16,7 +16,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +303,16 @@ class TrainerSettings:
     seed: int = 0
     report_to: str = "none"
     checkpointing: bool | None = None  # of activations; None: on a GPU
+
+
+def trainer_fields(settings) -> dict:  # of a chapter's dataclass
+    "The values a chapter's settings have for fields of `TrainerSettings`; `beta2` is of `betas`."
+    names = {one.name for one in fields(TrainerSettings)}
+    given = asdict(settings)
+    found = {name: value for name, value in given.items() if name in names}
+    if "beta2" in given:
+        found["betas"] = (0.9, given["beta2"])
+    return found
 
 
 def trainer_args(
