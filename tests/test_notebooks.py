@@ -145,6 +145,70 @@ def test_one_parameters_cell_never_exported(stage):
     stages.check_params(notebook, {}, stage)
 
 
+class NamesBound(ast.NodeVisitor):
+    "Names that a cell leaves behind: assigned, looped over, imported or defined."
+
+    def __init__(self):
+        self.names: set[str] = set()
+
+    def visit_Name(self, node):
+        if isinstance(node.ctx, ast.Store):
+            self.names.add(node.id)
+
+    def visit_FunctionDef(self, node):
+        self.names.add(node.name)
+
+    visit_ClassDef = visit_FunctionDef
+
+    def visit_Import(self, node):
+        self.names |= {one.asname or one.name.split(".")[0] for one in node.names}
+
+    visit_ImportFrom = visit_Import
+
+    def nothing(self, node):
+        "A comprehension's or lambda's names are its own."
+
+    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = visit_Lambda = nothing
+
+
+def names_bound(text: str) -> set[str]:
+    python = re.sub(r"(?m)^\s*[%!].*$", "", text)
+    found = NamesBound()
+    found.visit(ast.parse(python))
+    return found.names
+
+
+@pytest.mark.parametrize(
+    "text,bound",
+    [
+        ("english = dict(a=1)", True),
+        ("for english in range(3):\n    print(english)", True),
+        ("with open('a') as english:\n    pass", True),
+        ("def english():\n    return 1", True),
+        ("from tpro_nb.tags import english_share as english", True),
+        ("print(english)", False),
+        ("not_russian = dict(english=1)", False),
+        ("[english for english in range(3)]", False),
+        ("settings.english = 1", False),
+        ("def other():\n    english = 1", False),
+    ],
+)
+def test_names_that_a_cell_leaves_behind(text, bound):
+    assert ("english" in names_bound(text)) == bound
+
+
+@each_stage
+def test_no_example_takes_a_parameters_name(stage):
+    "What an example assigns, the stage below it would run with."
+    notebook = stage_notebook(stage)
+    below = code_sources(notebook)
+    while not re.search(r"^run_dir: str", below.pop(0), re.M):
+        pass
+    for text in below:
+        if "#| eval: false" not in text:
+            assert not names_bound(text) & parameter_names(stage), text[:200]
+
+
 @each_notebook
 def test_a_module_has_its_chapters_name(notebook):
     module = module_of(notebook)
