@@ -256,3 +256,19 @@ def test_a_choice_over_the_table_is_that_of_the_rows(once, tmp_path):
     wanted = tags.balance(sorted(diverse, key=rows.hash_order), round(0.8 * len(diverse)))
     assert {row["id"] for row in wanted} == set(kept_rows(asked.out))
     assert {"diversity", "balance"} <= set(manifest["dropped_by_step"])
+
+
+def test_a_repaired_pair_keeps_an_id_of_its_own():
+    "Pairs that differ in the lost answer alone stay apart, whichever side was repaired."
+    settings = filters.FilterSettings(personal="mask")
+    ids = []
+    for chosen in ("Пиши на ivan@example.org, ответ 4.", "Ответ 4."):
+        for rejected in ("5", "6", "Пиши на anna@example.org, ответ 5."):
+            raw = dict(prompt="Сколько будет 2 + 2?", chosen=chosen, rejected=rejected)
+            row, _ = sources.read_foreign(raw, "pairs", 1, sources.Reading())
+            kept = funnel.filter_both(row, settings).row
+            assert kept["rejected"] == (rejected if "@" not in rejected else kept["rejected"])
+            assert "@example" not in kept["messages"][-1]["content"] + kept["rejected"]
+            assert (kept["id"] == row["id"]) == ("@" not in chosen + rejected)
+            ids.append(kept["id"])
+    assert len(set(ids)) == 6

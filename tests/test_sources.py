@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -250,7 +251,33 @@ def test_awkward_files(tmp_path):
     assert [line for line, raw in cut.items() if isinstance(raw, str)] == [max(cut)]
     assert "ends in the middle" in cut[max(cut)]
     long = list(sources.byte_lines(__import__("io").BytesIO(b"a" * 5_000_000 + b"\nb"), 2_000_000))
-    assert isinstance(long[0], Broken) and long[1] == b"b"
+    assert isinstance(long[0].text, Broken) and long[1].text == b"b"
+    assert [line.size for line in long] == [5_000_000, 1]
+
+
+@pytest.mark.parametrize("longest", [500_000, 1_500_000, 4_000_000])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_line_that_is_too_long_takes_no_row_of_another_piece(
+    tmp_path, monkeypatch, longest, place
+):
+    "Wherever it stands and however the file is cut, every line is read once."
+    lines = [json.dumps(dict(n=n)) for n in range(20_000)]
+    lines[place * 9_999] = json.dumps(dict(n="я" * 1_000_000))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(sources, "byte_lines", partial(sources.byte_lines, longest=longest))
+    pieces = sources.cut_sources(sources.find_sources([str(path)]), 0.05)
+    assert len(pieces) > 3
+    read = [row.line for piece in pieces for row in sources.read_piece(piece)]
+    assert sorted(read) == list(range(1, 20_001))
+
+
+def test_a_damaged_packing_of_a_list_is_counted_and_does_not_end_the_run(tmp_path):
+    whole = gzip.compress(json.dumps([dict(n=n) for n in range(9_000)]).encode(), 0)
+    cut = read_bytes(tmp_path, "cut.json.gz", whole[:-4000])
+    assert isinstance(cut[max(cut)], str)
+    beginning = read_bytes(tmp_path, "beginning.json.gz", whole[:200])
+    assert all(isinstance(raw, str) for raw in beginning.values())
 
 
 def test_a_broken_parquet_is_named_before_work_and_a_broken_group_is_counted(tmp_path):

@@ -242,7 +242,7 @@ def check_columns(path: str, place: int, row: Any, columns: list[str]) -> None:
         )
 
 
-def row_problem(benchmark: Benchmark, row: dict, fields: dict) -> dict:
+def row_problem(benchmark: Benchmark, row: dict, fields: dict, prompt: str) -> dict:
     "One row of a set whose columns are `fields` as a problem."
     asked = str(row[fields["question"]])
     given = row[fields["id"]] if "id" in fields else None
@@ -257,7 +257,6 @@ def row_problem(benchmark: Benchmark, row: dict, fields: dict) -> dict:
         choice = listed_options(benchmark, name, row[fields["options"]], row[fields["answer"]])
     lettered = zip(CHOICE_LETTERS, choice.options)
     shown = "\n".join(f"{letter}) {option}" for letter, option in lettered)
-    prompt = benchmark_prompts()[benchmark.prompt]
     question = prompt.format(question=asked.strip(), options=shown)
     return benchmark_problem(name, question, choice.letter, benchmark.id, choice.options)
 
@@ -265,10 +264,11 @@ def row_problem(benchmark: Benchmark, row: dict, fields: dict) -> dict:
 def load_columns(path: str, benchmark: Benchmark, names: dict) -> list[dict]:
     "Problems of a file that has a column for each of `names`; a UserError where one is missing."
     columns = list(collapse(names.values()))
+    prompt = benchmark_prompts()[benchmark.prompt]
     problems = []
     for place, row in enumerate(whole_rows(path)):
         check_columns(path, place, row, columns)
-        problems.append(row_problem(benchmark, row, names))
+        problems.append(row_problem(benchmark, row, names, prompt))
     return problems
 
 # %% ../nbs/10b_benchmark_files.ipynb #b10a0014

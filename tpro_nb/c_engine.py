@@ -34,7 +34,6 @@ from tpro_nb.torch_engine import (
     Stack,
     TorchEngine,
     Unread,
-    untouched,
 )
 from .trees import Candidate
 
@@ -331,8 +330,8 @@ class CEngine(Engine):
         "A cache of `slots` slots, scratch memory, and the structs that point to them."
         stack, slots = self.stack, self.slots
         heads = len(stack.layers), stack.kv_heads
-        self.keys = untouched((*heads, stack.head_dim, slots), self.dtype)
-        self.values = untouched((*heads, slots, stack.head_dim), self.dtype)
+        self.keys = torch.zeros((*heads, stack.head_dim, slots), dtype=self.dtype)
+        self.values = torch.zeros((*heads, slots, stack.head_dim), dtype=self.dtype)
         self.scratch = self.make_scratch()
         self.layers = self.layer_structs()
         self.model = CModel(

@@ -263,6 +263,7 @@ def meaning_tokens(plain: str) -> list[Token]:
     ]
 
 
+@lru_cache(1000)  # a short answer is asked twice, a shared system turn once a row
 def text_identity(text: str) -> str:
     "What two texts share when nothing but dress tells them apart."
     said = [token.text for token in meaning_tokens(undressed(text)) if token.kind != "end"]

@@ -71,6 +71,7 @@ from tpro_nb.rows import (
     Turn,
     hash_order,
     is_open,
+    row_id,
     row_text,
     with_fields,
 )
@@ -879,7 +880,11 @@ def filter_both(row: Row, settings: FilterSettings) -> Filtered:
     if other.row is None:
         return other._replace(reason=f"rejected: {other.reason}")
     rejected = other.row["messages"][-1]["content"]
-    return filtered._replace(row=with_fields(filtered.row, rejected=rejected))
+    if rejected == row["rejected"]:
+        return filtered
+    kept = filtered.row
+    id = row_id(kept["family"], kept["messages"], rejected)
+    return filtered._replace(row=with_fields(kept, rejected=rejected, id=id, came_from=row["id"]))
 
 
 def tag_step() -> FunnelStep:

@@ -63,6 +63,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from fractions import Fraction
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -368,6 +369,7 @@ def unboxed(text: str) -> str:
         text = text[opening.end() : -1]
 
 
+@lru_cache(1024)  # one comparison asks a dozen times
 def clean(text: str) -> str:
     "An answer without LaTeX's dressing, with one kind of minus, space, digit and infinity."
     text = re.sub(r"\\\$", DOLLAR, text)

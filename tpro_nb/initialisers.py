@@ -106,12 +106,12 @@ def by_focus(paths: PeerPaths):
     "The base with rows by FOCUS's rule in the donor's space."
     model, base = load_model(paths.base, torch.float32)
     dense = AutoTokenizer.from_pretrained(paths.dense)
+    before = [matrix.detach().clone() for matrix in vocab_matrices(model)]
     transplant(model, base, dense, "mean")
     plan = row_plan(base, dense)
     auxiliary = vocab_matrices(load_model(paths.donor, torch.float32)[0])[0].detach()
-    before, _ = load_model(paths.base, torch.float32)
-    for matrix, old in zip(vocab_matrices(model), vocab_matrices(before)):
-        rows = focus_rows(old.detach(), auxiliary, plan.kept, list(plan.new))
+    for matrix, old in zip(vocab_matrices(model), before):
+        rows = focus_rows(old, auxiliary, plan.kept, list(plan.new))
         matrix.data[list(plan.new)] = rows
     return model
 

@@ -2,13 +2,13 @@
 
 # %% auto #0
 __all__ = ['Asked', 'QUESTIONS', 'TASK_DOMAINS', 'TOY_ENTRIES', 'TRANSLATION_REQUESTS', 'TOY_PAIRS', 'ROLES', 'THOUGHT_KEYS',
-           'Turn', 'Row', 'content_id', 'turn_text', 'conversation_id', 'hash_order', 'make_row', 'canonical_order',
-           'row_text', 'question_of', 'prompt_of', 'asked_turns', 'prompt_and_reply', 'is_open', 'read_rows',
-           'write_rows', 'with_fields', 'with_turns', 'Met', 'Outcome', 'set_aside', 'tier_of', 'entry_tags',
-           'DictionaryEntry', 'entry_replies', 'wiktionary_rows', 'sample_entries', 'Documented', 'definitions',
-           'stdlib_docs', 'english_rows', 'parallel_pairs', 'parallel_rows', 'problem_rows', 'RowFault', 'TurnsRead',
-           'kind_of', 'joined_parts', 'neutralised', 'checked_answer', 'row_thought', 'read_calls', 'read_turn',
-           'read_turns', 'called', 'text_error', 'read_raw', 'identifier', 'zipf_of', 'word_score', 'cyrillic_language',
+           'Turn', 'Row', 'content_id', 'turn_text', 'conversation_id', 'row_id', 'hash_order', 'make_row',
+           'canonical_order', 'row_text', 'question_of', 'prompt_of', 'asked_turns', 'prompt_and_reply', 'is_open',
+           'with_fields', 'with_turns', 'Met', 'Outcome', 'set_aside', 'tier_of', 'entry_tags', 'DictionaryEntry',
+           'entry_replies', 'wiktionary_rows', 'sample_entries', 'Documented', 'definitions', 'stdlib_docs',
+           'english_rows', 'parallel_pairs', 'parallel_rows', 'problem_rows', 'RowFault', 'TurnsRead', 'kind_of',
+           'joined_parts', 'neutralised', 'checked_answer', 'row_thought', 'read_calls', 'read_turn', 'read_turns',
+           'called', 'text_error', 'read_raw', 'identifier', 'zipf_of', 'word_score', 'cyrillic_language',
            'latin_language', 'language_of', 'checkable_answer', 'foreign_row', 'foreign_rows', 'licence_gate',
            'general_rows']
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 from .assets import fetch
-from .core import UserError, read_jsonl, write_jsonl
+from .core import UserError
 from .corpora import read_po, side
 from .grader import has_trace
 from .tmath import Broken
@@ -86,6 +86,12 @@ def conversation_id(family: str, turns: Iterable[Turn]) -> str:
     if [turn["role"] for turn in turns] == ["user", "assistant"]:
         return content_id(family, [turn["content"] for turn in turns])
     return content_id(family, [[turn["role"], turn_text(turn)] for turn in turns])
+
+
+def row_id(family: str, turns: Iterable[Turn], rejected: str | None = None) -> str:
+    "Id of a row: of its conversation, and of a preference pair's lost answer."
+    conversation = conversation_id(family, turns)
+    return conversation if rejected is None else content_id(family, [conversation, rejected])
 
 
 def hash_order(row: Mapping[str, Any]) -> str:
@@ -180,16 +186,6 @@ def is_open(row: Row) -> bool:
     return row["answer"] is None
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    "The rows of a jsonl that an earlier step wrote."
-    return cast(list[Row], read_jsonl(path))
-
-
-def write_rows(path: str | Path, rows: Iterable[Row]) -> Path:
-    "A jsonl of rows; its path."
-    return write_jsonl(path, cast(Iterable[dict], rows))
-
-
 def with_fields(row: Row, **fields: Any) -> Row:
     "A copy of the row in which some fields are others."
     return cast(Row, {**row, **fields})
@@ -202,7 +198,7 @@ def with_turns(row: Row, turns: list[Turn], how: str) -> Row:
         messages=turns,
         came_from=row["id"],
         changed_by=[*row.get("changed_by", []), how],
-        id=conversation_id(row["family"], turns),
+        id=row_id(row["family"], turns, row.get("rejected")),
     )
 
 # %% ../nbs/05a_rows.ipynb #a0246147

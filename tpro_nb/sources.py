@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'PACKED', 'LONGEST_LINE', 'TURN_LISTS', 'Reader', 'SHAPES', 'SHAPE_KEYS', 'RowSource', 'source_file',
            'source_folder', 'find_sources', 'need_zstandard', 'Piece', 'cut_lines', 'parquet_file', 'cut_parquet',
-           'saved_set', 'cut_rows', 'cut_sources', 'NumberedRow', 'opened', 'byte_lines', 'packing_faults',
+           'saved_set', 'cut_rows', 'cut_sources', 'NumberedRow', 'opened', 'ByteLine', 'byte_lines', 'packing_faults',
            'some_lines', 'Decoded', 'decode_items', 'list_items', 'begins_a_list', 'some_groups', 'some_rows',
            'some_items', 'read_piece', 'TurnPlace', 'Conversation', 'listed_turns', 'is_sharegpt', 'messages_shape',
            'sharegpt_shape', 'key_in', 'thoughts_of', 'asked_and_answered', 'alpaca_shape', 'prompt_shape',
@@ -29,13 +29,12 @@ from tpro_nb.rows import (
     Row,
     RowFault,
     checkable_answer,
-    content_id,
-    conversation_id,
     foreign_row,
     kind_of,
     neutralised,
     read_turn,
     read_turns,
+    row_id,
     text_error,
     with_fields,
 )
@@ -253,10 +252,22 @@ def opened(source: RowSource) -> Iterator[Any]:
             yield file
 
 
-def byte_lines(file: IO[bytes], longest: int = LONGEST_LINE) -> Iterator[bytes | Broken]:
-    "Lines of a stream, without the line feed; a `Broken` for one that is too long."
+class ByteLine(NamedTuple):
+    "A line of a file."
+
+    size: int  # bytes that it takes there, without the line feed
+    text: bytes | Broken  # a `Broken` for one that is too long
+
+
+def byte_lines(file: IO[bytes], longest: int = LONGEST_LINE) -> Iterator[ByteLine]:
+    "Lines of a stream, without the line feed; of one that is too long only the size is kept."
     left = b""
-    too_long = False
+    dropped = 0  # bytes of the present line that were thrown away
+
+    def ended(rest: bytes) -> ByteLine:
+        size = dropped + len(rest)
+        return ByteLine(size, Broken("", "a line over 64 MB") if dropped else rest)
+
     while block := file.read(1 << 20):
         *whole, left_over = block.split(b"\n")
         if not whole:
@@ -264,13 +275,13 @@ def byte_lines(file: IO[bytes], longest: int = LONGEST_LINE) -> Iterator[bytes |
         else:
             whole[0] = left + whole[0]
             for line in whole:
-                yield Broken("", "a line over 64 MB") if too_long else line
-                too_long = False
+                yield ended(line)
+                dropped = 0
             left = left_over
-        if len(left) > longest:
-            left, too_long = b"", True
-    if left or too_long:
-        yield Broken("", "a line over 64 MB") if too_long else left
+        if dropped + len(left) > longest:
+            dropped, left = dropped + len(left), b""
+    if left or dropped:
+        yield ended(left)
 
 # %% ../nbs/05b_sources.ipynb #c5ec40a7
 def packing_faults() -> tuple[type[Exception], ...]:
@@ -296,14 +307,14 @@ def some_lines(piece: Piece) -> Iterator[NumberedRow]:
             for line in byte_lines(file):
                 if piece.end is not None and position >= piece.end:
                     return
-                position += len(line) + 1
+                position += line.size + 1
                 number += 1
                 if (number - 1) % piece.parts != piece.part:
                     continue
-                if isinstance(line, Broken):
-                    yield NumberedRow(number, line)
-                elif line.strip():
-                    yield NumberedRow(number, read_line(line))
+                if isinstance(line.text, Broken):
+                    yield NumberedRow(number, line.text)
+                elif line.text.strip():
+                    yield NumberedRow(number, read_line(line.text))
         except packing_faults() as error:
             if piece.part == 0:
                 why = f"the file ends in the middle, or is damaged: {error}"[:200]
@@ -366,9 +377,14 @@ def list_items(file: IO[bytes]) -> Iterator[Any]:
 
 
 def begins_a_list(source: RowSource) -> bool:
-    "Whether a .json is a list; UserError where it is neither a list nor rows, one a line."
-    with opened(source) as file:
-        beginning = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
+    """Whether a .json is a list; UserError where it is neither a list nor rows, one a line.
+
+    A damaged packing counts as one: whoever reads the list says what is wrong."""
+    try:
+        with opened(source) as file:
+            beginning = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
+    except packing_faults():
+        return True
     if beginning[:1] in (b"[", b""):
         return True
     line = beginning.split(b"\n")[0].strip()
@@ -702,8 +718,7 @@ def read_foreign(raw: Any, source: str, line: int, how: Reading) -> tuple[Row, s
     row = foreign_row(read, source, how.licence, key, line, lang="und")
     if conversation.rejected is not None:
         rejected, _ = neutralised(conversation.rejected, "assistant")
-        id = content_id("foreign", [conversation_id("foreign", read.turns), rejected])
-        row = with_fields(row, rejected=rejected, id=id)
+        row = with_fields(row, rejected=rejected, id=row_id("foreign", read.turns, rejected))
     if how.tools and raw.get("tools"):
         tools = raw["tools"]
         text = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)

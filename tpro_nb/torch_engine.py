@@ -3,17 +3,15 @@
 # %% auto #0
 __all__ = ['LayerWeights', 'Stack', 'fuse_layer', 'target_stack', 'draft_stack', 'PassRow', 'chain_rows', 'tree_rows',
            'EngineOptions', 'DraftWeights', 'Features', 'Unread', 'DraftOutput', 'Engine', 'draft_pass', 'DraftSteps',
-           'untouched', 'PassInputs', 'PassOutputs', 'FixedPass', 'TorchEngine', 'logits_of']
+           'PassInputs', 'PassOutputs', 'FixedPass', 'TorchEngine', 'logits_of']
 
 # %% ../nbs/12b_torch_engine.ipynb #f8395c56
 import copy
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -376,14 +374,6 @@ class DraftSteps:
         return below
 
 # %% ../nbs/12b_torch_engine.ipynb #393fe897
-def untouched(shape: Sequence[int], dtype: torch.dtype, device: Any = "cpu") -> torch.Tensor:
-    "Zeros; on a CPU no memory is taken before it is written to."
-    if str(device) != "cpu":
-        return torch.zeros(tuple(shape), dtype=dtype, device=device)
-    memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(memory).view(dtype).view(tuple(shape))
-
-
 class PassInputs(NamedTuple):
     "A pass as tensors on the device."
 
@@ -450,7 +440,7 @@ class TorchEngine(Engine):
         "Keys or values of all layers and slots."
         stack = self.stack
         shape = len(self.weights), stack.kv_heads, self.slots, stack.head_dim
-        return untouched(shape, self.dtype, self.device)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def twin(self, slots: int | None = None) -> "TorchEngine":
         twin = copy.copy(self)
