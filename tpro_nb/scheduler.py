@@ -269,13 +269,6 @@ class Places:
         place.salt = salt
         return place
 
-    def forget(self, kept: int) -> None:
-        "Nothing of what is there is used again; from now on what `kept` says."
-        self.kept = kept
-        for place in self.all:
-            if place.free:
-                place.held = Held()
-
     def leave(self, place: Place, broken: bool = False) -> None:
         "A text has ended; `broken`: what it leaves cannot be trusted."
         self.departures += 1
