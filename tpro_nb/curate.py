@@ -8,7 +8,6 @@ __all__ = ['ROW_KINDS', 'item_text', 'read_protected', 'Curation', 'token_counte
 
 # %% ../nbs/05k_curate.ipynb #3affffe1
 import argparse
-import csv
 import json
 import os
 import random
@@ -24,9 +23,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .core import UserError, read_json, write_json
+from .core import UserError, read_json, sha256, write_json
 from .curation import FunnelSettings
-from .decontamination import LeakGuard, Protected
+from .decontamination import Protected
 from .filters import FilterSettings
 from tpro_nb.funnel import (
     EXECUTORS,
@@ -34,6 +33,7 @@ from tpro_nb.funnel import (
     Machines,
     files_table,
     funnel_steps,
+    guard_of,
     run_funnel,
     sbatch_scripts,
     table_engine,
@@ -436,7 +436,7 @@ def funnel_plan_text(plan: FunnelPlan) -> str:
         f"{name}: begins with {shape}; {shards[name]} shard(s)" for name, shape in shapes.items()
     ]
     items = read_json(plan.protect)
-    looked_for = len(LeakGuard(items).items)
+    looked_for = len(guard_of(plan.protect, sha256(plan.protect)).items)
     lines.append(f"{len(items):,} protected items")
     if looked_for < len(items):
         lines.append(f"  {len(items) - looked_for:,} of them are too short to be looked for")
@@ -545,11 +545,10 @@ def time_curation(kind: str, rows: int, folder: Path, workers: int = 1) -> Curat
 def write_times(times: Sequence[CurationTime], out: Path, workers: int) -> Path:
     "curation.csv, and the study that shows it; the study's path."
     out.mkdir(parents=True, exist_ok=True)
+    import pandas as pd
+
     lines = [asdict(time) for time in times]
-    with open(out / "curation.csv", "w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, list(lines[0]))
-        table.writeheader()
-        table.writerows(lines)
+    pd.DataFrame(lines).to_csv(out / "curation.csv", index=False)
     columns: dict = {
         "Rows": lambda line: f"{line['rows']:,} {line['kind']}",
         "Kept": "kept",

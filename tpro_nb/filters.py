@@ -151,6 +151,7 @@ def filter_score(name: str, run: Filter, settings: FilterSettings | None = None)
 
 # %% ../nbs/05c_filters.ipynb #05c00011
 _CODE = re.compile(r"```.*?```|`[^`\n]*`", re.S)
+_LETTERS = re.compile(r"[^\W\d_]")
 _MISREAD = (("cp1252", "cp1251"), ("koi8-r", "cp1251"), ("cp1251", "koi8-r"))  # as, for
 
 
@@ -165,10 +166,11 @@ def known_share(text: str) -> float:
 
 def looks_misread(text: str) -> bool:
     "Whether most letters are accented Latin ones, or Cyrillic capitals after a small letter."
-    letters = re.findall(r"[^\W\d_]", text[:2000])
-    accented = sum("À" <= letter <= "ÿ" for letter in letters)
-    capitals = sum("А" <= letter <= "Я" for letter in letters)
-    return 2 * max(accented, capitals) > len(letters) > 8
+    text = text[:2000]
+    letters = len(_LETTERS.findall(text))
+    accented = len(re.findall("[À-ÖØ-öø-ÿ]", text))
+    capitals = len(re.findall("[А-Я]", text))
+    return 2 * max(accented, capitals) > letters > 8
 
 
 def reread(text: str) -> str:
@@ -249,9 +251,13 @@ _CALLED = re.compile(
 _TYPESET = re.compile(r"(?:8|7)?[\s-]*\(?\d{3}\)?[\s-]*\d{3}[\s-]?\d{2}[\s-]?\d{2}")
 
 # %% ../nbs/05c_filters.ipynb #05c00042
+# A superset of what phonenumbers takes for one number, which has seven digits at least.
+_SEVEN_DIGITS = re.compile(r"(?i)(?:\d(?:[^\w=]|[xー]){0,4}){6}\d")
+
+
 def phones_in(text: str) -> Iterator[Private]:
     "Telephone numbers: with a plus, in a phone's typography, or after a word that says so."
-    if len(re.findall(r"\d", text)) < 7:
+    if not _SEVEN_DIGITS.search(text):
         return
     valid = phonenumbers.Leniency.VALID
     for match in phonenumbers.PhoneNumberMatcher(text, "RU", leniency=valid):

@@ -4,8 +4,8 @@
 __all__ = ['ROW_SCHEMA', 'OPTIONAL', 'DROPPED_SCHEMA', 'N_BANDS', 'SIGN_SCHEMA', 'PAIR_SCHEMA', 'RowPlace', 'COMPARED_SCHEMA',
            'VERDICT_SCHEMA', 'EXECUTORS', 'IN_BETWEEN', 'CLEANING_NOTES', 'schema_of', 'row_of_record', 'ShardWriter',
            'row_shard', 'read_shard', 'write_shard', 'Fate', 'Carried', 'document_of', 'refused_document', 'carried_by',
-           'RowBlock', 'ReadSource', 'ReadShard', 'JudgeRows', 'leak_step', 'dropped_record', 'WriteRows', 'SignRows',
-           'table_engine', 'files_table', 'SignedRows', 'identity_table', 'near_signatures', 'find_pairs',
+           'RowBlock', 'ReadSource', 'ReadShard', 'JudgeRows', 'guard_of', 'leak_step', 'dropped_record', 'WriteRows',
+           'SignRows', 'table_engine', 'files_table', 'SignedRows', 'identity_table', 'near_signatures', 'find_pairs',
            'fetch_texts', 'exactly_alike', 'compare_pairs', 'settle_pairs', 'ApplyVerdicts', 'Machines', 'Step',
            'QuietExecutor', 'executor_of', 'finished_tasks', 'progress_shown', 'run_pipeline', 'light_rows',
            'columns_in_use', 'choosing_steps', 'choose_rows', 'FunnelPlan', 'FilterRows', 'filter_both', 'tag_step',
@@ -25,7 +25,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -307,11 +307,19 @@ class JudgeRows(RowBlock):
             carried_by(document).fate = Fate(self.name, str(saw), met)
 
 
+@lru_cache(1)
+def guard_of(protect: str, digest: str) -> LeakGuard:
+    "The guard over the items of a json file whose contents have this digest."
+    return LeakGuard(read_json(protect))
+
+
 def leak_step(protect: str) -> FunnelStep:
     "`decontaminate` against the items of a json file, as a step."
-    guard = LeakGuard(read_json(protect))
+    guard = guard_of(protect, sha256(protect))
 
     def clean(rows: list[Row]) -> Outcome:
+        if not guard.items:
+            return Outcome(rows)
         kept, found = decontaminate(rows, guard)
         seen: dict[str, str] = {}
         for leak in found:
@@ -876,7 +884,7 @@ def filter_both(row: Row, settings: FilterSettings) -> Filtered:
         return filtered
     lenient = replace(settings, refusals=False, repetition=False, languages=())
     lost = Turn(role="assistant", content=row["rejected"])
-    other = filter_row(with_fields(row, messages=[*row["messages"][:-1], lost]), lenient)
+    other = filter_row(with_fields(row, messages=[lost]), lenient)
     if other.row is None:
         return other._replace(reason=f"rejected: {other.reason}")
     rejected = other.row["messages"][-1]["content"]
