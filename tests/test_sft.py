@@ -20,9 +20,11 @@ from tpro_nb.sft import (
     leaks,
     sft_dataset,
     show_mask,
+    token_chooser,
     train_row,
     training_text,
     turns,
+    write_answers,
 )
 from tpro_nb.training import load_model, sft_trainer, trainable, trainer_args
 
@@ -187,6 +189,24 @@ def test_generate_batches_like_singles_and_samples_reproducibly():
         for answer in answers:
             assert len(answer["ids"]) <= 8
             assert answer["finished"] or len(answer["ids"]) == 8
+
+
+def test_an_answer_that_ends_leaves_the_others_as_they_were():
+    model, tok = load_model(toy("07_sft/model"), torch.float32)
+    asked = ["Где?", "Сколько будет 12 + 30?", "Под каким стаканом шарик, если его передвинули?"]
+    prompts = [prompt_ids(tok, [dict(role="user", content=question)], True) for question in asked]
+    copies, pad = [0, 1, 1, 2], tok.convert_tokens_to_ids("<|endoftext|>")
+    greedy = token_chooser(0.0, 0, model.device)
+    free = write_answers(model, prompts, copies, [pad], 12, greedy)
+    assert free[1] == free[2]
+    stopped = 0
+    for end in {*free[0], *free[1], *free[3]}:
+        cut = write_answers(model, prompts, copies, [end, pad], 12, greedy)
+        for whole, part in zip(free, cut, strict=True):
+            length = whole.index(end) + 1 if end in whole else 12
+            assert part == whole[:length]
+            stopped += length < 12
+    assert stopped > 2
 
 
 def test_sampled_tokens_follow_the_softmax():

@@ -2,23 +2,23 @@
 
 # %% auto #0
 __all__ = ['TRAINING_TEMPLATE', 'NO_LABEL', 'training_text', 'train_row', 'turns', 'show_mask', 'sft_dataset', 'SFTSettings',
-           'sft_args', 'train_sft', 'draw_seed', 'Draw', 'Answer', 'left_padded', 'read_answer', 'generate_answers',
-           'served_answers', 'leaks', 'answer_in_modes', 'few_shot']
+           'sft_args', 'train_sft', 'draw_seed', 'token_chooser', 'Answer', 'left_padded', 'read_answer',
+           'write_answers', 'generate_answers', 'served_answers', 'leaks', 'answer_in_modes', 'few_shot']
 
 # %% ../nbs/07_sft.ipynb #1c7f0ed5
 import hashlib
 import html
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, product
 from pathlib import Path
 from typing import TypedDict
 
 import torch
-from more_itertools import chunked
+from more_itertools import chunked, unique_everseen
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import DynamicCache
 
 from .client import Endpoint, Unanswered, read_reply
 from .core import UserError, draw_tokens, read_jsonl, seed_everything
@@ -233,16 +233,16 @@ def draw_seed(*names) -> int:
     return int(digest[:8], 16)
 
 
-class Draw(LogitsProcessor):
-    "Leaves one token of each row to take, drawn at `temperature`."
+def token_chooser(temperature: float, seed: int, place) -> Callable[[torch.Tensor], torch.Tensor]:
+    "A function of logits [rows, V]: a token for each row, the likeliest where `temperature` is 0."
+    generator = torch.Generator(place).manual_seed(seed)
 
-    def __init__(self, temperature: float, generator):
-        self.temperature = temperature
-        self.generator = generator
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        if temperature == 0:
+            return logits.argmax(-1, keepdim=True)
+        return draw_tokens(logits / temperature, generator)
 
-    def __call__(self, ids, logits):
-        drawn = draw_tokens(logits / self.temperature, self.generator)
-        return torch.zeros_like(logits).scatter_(1, drawn, 1.0)
+    return choose
 
 # %% ../nbs/07_sft.ipynb #9295548b
 class Answer(TypedDict):
@@ -275,6 +275,46 @@ def read_answer(tok, written: list[int], ends: Sequence[int]) -> Answer:
         finished=stop < len(written),
     )
 
+# %% ../nbs/07_sft.ipynb #9295548f
+@torch.no_grad()
+def write_answers(
+    model,
+    prompts: list[list[int]],  # token ids, each prompt once
+    copies: list[int],  # which prompt each answer continues
+    ends: Sequence[int],  # tokens that end an answer; the last is the padding's
+    max_new_tokens: int,
+    choose: Callable[[torch.Tensor], torch.Tensor],  # logits [rows, V] → token ids [rows, 1]
+) -> list[list[int]]:  # of every answer the tokens, its end among them
+    "Answers to one batch. A prompt is read once, and nothing after an answer's end."
+    asked, mask = left_padded(prompts, ends[-1], model.device)
+    cache = DynamicCache(config=model.config)
+
+    def read(ids: torch.Tensor) -> torch.Tensor:
+        "Logits after the rows' new tokens; their positions do not count the padding."
+        places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        told = dict(attention_mask=mask, position_ids=places, cache=cache, use_cache=True)
+        return model(ids, **told, logits_to_keep=1).logits[:, -1].float()
+
+    logits = read(asked)[copies]
+    cache.batch_select_indices(copies)
+    mask = mask[copies]
+    going = list(range(len(copies)))  # the answer of each row
+    written: list[list[int]] = [[] for _ in copies]
+    for last in [False] * (max_new_tokens - 1) + [True]:
+        tokens = choose(logits)
+        for answer, token in zip(going, tokens[:, 0].tolist()):
+            written[answer].append(token)
+        rows = [row for row, answer in enumerate(going) if written[answer][-1] not in ends]
+        if last or not rows:
+            break
+        if len(rows) < len(going):
+            cache.batch_select_indices(rows)
+            mask, tokens = mask[rows], tokens[rows]
+            going = [going[row] for row in rows]
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        logits = read(tokens)
+    return written
+
 # %% ../nbs/07_sft.ipynb #9295544a
 @torch.no_grad()
 def generate_answers(
@@ -299,35 +339,20 @@ def generate_answers(
         return len(ids[seat[0]]), seat
 
     seats = sorted(product(range(len(ids)), range(n)), key=by_length)  # (prompt, sample)
-    end = tok.convert_tokens_to_ids("<|im_end|>")
-    pad = tok.convert_tokens_to_ids("<|endoftext|>")
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=[end, pad],
-        pad_token_id=pad,
-        do_sample=False,
-    )
+    ends = tok.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     model.eval()
     if model.device.type == "cpu":
         model.set_attn_implementation("eager")
     found: dict[tuple[int, int], Answer] = {}
     with tqdm(total=len(seats), desc=desc, mininterval=1) as bar:
         for batch in chunked(seats, batch_size):
-            asked, mask = left_padded([ids[prompt] for prompt, _ in batch], pad, model.device)
-            draws = []
-            if temperature > 0:
-                generator = torch.Generator(asked.device)
-                generator.manual_seed(seed * 1_000_003 + len(found))
-                draws.append(Draw(temperature, generator))
-            rows = model.generate(
-                input_ids=asked,
-                attention_mask=mask,
-                generation_config=config,
-                logits_processor=draws,
-            )
-            width = asked.shape[1]
-            for seat, written in zip(batch, rows[:, width:].tolist()):
-                found[seat] = read_answer(tok, written, (end, pad))
+            choose = token_chooser(temperature, seed * 1_000_003 + len(found), model.device)
+            numbers = list(unique_everseen(prompt for prompt, _ in batch))
+            copies = [numbers.index(prompt) for prompt, _ in batch]
+            here = [ids[number] for number in numbers]
+            answers = write_answers(model, here, copies, ends, max_new_tokens, choose)
+            for seat, written in zip(batch, answers):
+                found[seat] = read_answer(tok, written, ends)
             bar.update(len(batch))
     return [[found[prompt, sample] for sample in range(n)] for prompt in range(len(prompts))]
 
