@@ -1,9 +1,12 @@
 "Chapter 03d: any alphabet, any byte-level base, swaps or growth; what cannot be done is refused."
 
 import json
+import shutil
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,6 +22,7 @@ from tpro_nb.adapt import (
     base_words,
     letters_of_alphabet,
     letters_of_script,
+    load_adapt_base,
     read_frequencies,
 )
 from tpro_nb.base_model import row_plan, transplant
@@ -197,21 +201,54 @@ def test_the_base_cuts_the_words(bases):
 GOOD = dict(script="Cyrillic", swaps="9")
 
 
-def unigram(folder):
-    from tokenizers import Tokenizer, models
+def out_of_reach(name, **asked):
+    raise LocalEntryNotFoundError("cannot find the files on the Hub")
 
+
+def test_a_hub_gives_the_tokenizer_first(monkeypatch, bases):
+    "Gigabytes of weights wait until the request is known to be possible."
+    asked = []
+    monkeypatch.setattr(
+        adapting, "snapshot_download", lambda name, **what: asked.append(what) or bases["llama"]
+    )
+    base = load_adapt_base("somebody/model")
+    assert (base.name, base.weights) == ("somebody/model", "somebody/model")
+    assert base.tok_json == load_tokenizer_json(bases["llama"])
+    assert asked == [dict(allow_patterns=["*.json", "*.jinja"])]
+
+
+def unigram(folder):
     tok = Tokenizer(models.Unigram([("a", -1.0), ("b", -2.0)]))
-    folder.mkdir()
     tok.save(str(folder / "tokenizer.json"))
-    return str(folder)
 
 
 def no_merges(folder):
-    toy_tokenizer(folder)
     tok_json = json.loads((folder / "tokenizer.json").read_text())
     tok_json["model"]["merges"] = []
     (folder / "tokenizer.json").write_text(json.dumps(tok_json))
-    return str(folder)
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def cut_short(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def too_few_rows(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(vocab_size=300)))
+
+
+SPOILT = dict(
+    unigram=unigram,
+    no_merges=no_merges,
+    pickled=pickled,
+    cut_short=cut_short,
+    too_few_rows=too_few_rows,
+)
 
 
 REFUSED = [
@@ -233,6 +270,10 @@ REFUSED = [
     (dict(frequencies="negative.tsv"), "line 1"),
     (dict(base="unigram"), "'Unigram'"),
     (dict(base="no_merges"), "no merges"),
+    (dict(base="pickled"), "pickle"),
+    (dict(base="cut_short"), "copied whole"),
+    (dict(base="too_few_rows"), "not a pair"),
+    (dict(out="mine.txt/out"), "Name a folder that can be written"),
     (dict(base="nowhere/at-all"), "nor a hub id"),
     (dict(out="."), "something already"),
     (dict(init="magic"), "choose one of"),
@@ -243,7 +284,7 @@ REFUSED = [
 def test_what_cannot_be_done_is_refused_before_work(
     tmp_path, bases, monkeypatch, capsys, change, says
 ):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(adapting, "snapshot_download", out_of_reach)
     monkeypatch.chdir(tmp_path)
     for work in ("adapted_json", "adapt_votes"):
         monkeypatch.setattr(adapting, work, lambda *given: pytest.fail("work had started"))
@@ -253,8 +294,10 @@ def test_what_cannot_be_done_is_refused_before_work(
     (tmp_path / "words.tsv").write_text("кот 5\nпёс\n", encoding="utf-8")
     (tmp_path / "negative.tsv").write_text("кот -5\n", encoding="utf-8")
     asked = dict(base=bases["qwen"], text="mine.txt", out="out") | GOOD | change
-    if asked["base"] in ("unigram", "no_merges"):
-        asked["base"] = dict(unigram=unigram, no_merges=no_merges)[asked["base"]](tmp_path / "b")
+    if asked["base"] in SPOILT:
+        shutil.copytree(bases["qwen"], tmp_path / "b")
+        SPOILT[asked["base"]](tmp_path / "b")
+        asked["base"] = "b"
     argv = ["adapt", asked.pop("base")]
     for name, value in asked.items():
         if value is not None:

@@ -46,7 +46,9 @@ from tpro_nb.tokenizer_surgery import (
     by_script,
     card_text,
     check_donor,
+    check_room,
     choose_victims,
+    cuttable_ids,
     dense_tokenizer,
     good_token,
     grow_vocabulary,
@@ -204,6 +206,14 @@ def test_bad_input():
 def test_more_than_can_be_removed(pair):
     with pytest.raises(UserError, match="may be removed"):
         choose_victims(pair[0], toy_usage(pair[0]), 500)
+    mine = frozenset("т")  # what holds it stays, and so do the halves that it is built from
+    room = len(cuttable_ids(pair[0], mine))
+    assert 0 < room < len(removable_ids(pair[0], mine))
+    use = toy_usage(pair[0])
+    cut = choose_victims(pair[0], use, room, letters=mine)
+    assert set(cut) == cuttable_ids(pair[0], mine)
+    with pytest.raises(UserError, match=f"at most {room} entries"):
+        check_room(pair[0], room + 1, mine)
 
 
 def test_too_few_words(pair):

@@ -3,14 +3,13 @@
 # %% auto #0
 __all__ = ['APOSTROPHES', 'ADAPT_CARD', 'letters_of_script', 'letters_of_alphabet', 'text_lines', 'read_frequencies',
            'share_of_letters', 'base_words', 'listed_base_words', 'AdaptSettings', 'OwnWords', 'read_own_words',
-           'weigh_words', 'AdaptBase', 'packaged_base', 'folder_base', 'hub_base', 'load_adapt_base',
-           'check_adaptation', 'check_room_for', 'adapt_votes', 'next_ids', 'with_specials_listed', 'adapted_json',
-           'measured_texts', 'own_ratio', 'cost_bars', 'cost_figure', 'write_tokenizer', 'specials_in_use',
-           'write_model', 'adapt_card', 'adapt', 'write_cost', 'adapt_parser', 'adapt_command']
+           'weigh_words', 'AdaptBase', 'packaged_base', 'folder_base', 'hub_base', 'check_weights', 'load_adapt_base',
+           'check_adaptation', 'check_joins', 'adapt_votes', 'next_ids', 'with_specials_listed', 'adapted_json',
+           'measured_texts', 'own_ratio', 'cost_bars', 'cost_figure', 'write_tokenizer', 'write_model', 'adapt_card',
+           'adapt', 'make_room_on_disk', 'write_cost', 'adapt_parser', 'adapt_command']
 
 # %% ../nbs/03d_adapt.ipynb #03d00003
 import argparse
-import copy
 import json
 import math
 import os
@@ -28,16 +27,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import regex
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
 )
 
 from . import corpora, published
-from .base_model import INITS, smollm2, transplant
+from .base_model import INITS, move_rows, smollm2
 from tpro_nb.certificate import (
     FAST_TOKENIZER,
     OTHER_FORMS,
@@ -50,17 +50,18 @@ from tpro_nb.certificate import (
     tokenizer_from_json,
 )
 from .core import UserError, atomic_write, read_json, write_json
-from .tokenizer_analysis import encoded_lengths, language_documents, toy_texts
+from .tokenizer_analysis import encoded_lengths
 from tpro_nb.tokenizer_surgery import (
     assemble,
+    check_room,
     choose_victims,
     grow_vocabulary,
     price_for_others,
-    removable_ids,
     without,
 )
 from .training import load_model, save_model_folder
 from tpro_nb.voters import (
+    EIGHT,
     ENGLISH_WEIGHT,
     LISTED_FORMS,
     Votes,
@@ -68,6 +69,7 @@ from tpro_nb.voters import (
     WordWeights,
     count_usage,
     count_votes,
+    documents_by_language,
 )
 
 # %% ../nbs/03d_adapt.ipynb #03d00006
@@ -256,22 +258,48 @@ def folder_base(folder: Path) -> AdaptBase:
     else:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_from_json(tok_json))
     has_weights = (place / "config.json").exists() and any(place.glob("*.safetensors"))
+    if not has_weights and any(place.glob("pytorch_model*.bin")):
+        raise UserError(
+            f"base {folder}: its weights are a pickle, which may run code when it is read. Save "
+            "them as safetensors (transformers' save_pretrained), or give the tokenizer alone"
+        )
     return AdaptBase(str(folder), tok_json, tokenizer, str(place) if has_weights else None)
 
 
 def hub_base(name: str) -> AdaptBase:
-    "A hub's model; `UserError` where this machine cannot reach it."
+    "A hub's model, without its weights for now; `UserError` where this machine cannot reach it."
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        AutoConfig.from_pretrained(name)
+        folder = snapshot_download(name, allow_patterns=["*.json", "*.jinja"])
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:120]
         raise UserError(
             f"base {name!r}: neither smollm2 nor qwen3, nor a folder, nor a hub id this machine "
             f"can reach ({reason})"
         ) from error
-    tok_json = load_tokenizer_json(tokenizer.backend_tokenizer)
-    return AdaptBase(name, tok_json, tokenizer, name)
+    base = folder_base(Path(folder))
+    has_config = (Path(folder) / "config.json").exists()
+    return AdaptBase(name, base.tok_json, base.tokenizer, name if has_config else None)
+
+
+def check_weights(base: AdaptBase) -> None:
+    "A folder's weights are whole, and have a row for each id; `UserError` otherwise."
+    folder = Path(base.weights or "")
+    if base.weights is None or base.name == "smollm2" or not folder.is_dir():
+        return
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"cannot read {path}: {error}. Was it copied whole?") from error
+    config = read_json(folder / "config.json")
+    rows = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    last = max(base.tokenizer.get_vocab().values())
+    if rows is not None and last >= rows:
+        raise UserError(
+            f"base {base.name}: the tokenizer's largest id is {last:,}, the model has {rows:,} "
+            "rows. They are not a pair"
+        )
 
 
 def load_adapt_base(name: str) -> AdaptBase:
@@ -294,14 +322,8 @@ def check_adaptation(settings: AdaptSettings) -> None:
         raise UserError(f"--out {out}: there is something already. Name a folder that is not there")
 
 
-def check_room_for(base: AdaptBase, settings: AdaptSettings, words: WordWeights) -> None:
-    "Enough entries that may go, and words enough for those that shall come; `UserError` otherwise."
-    room = len(removable_ids(base.tok_json, settings.letters))
-    if settings.swaps > room:
-        raise UserError(
-            f"--swaps {settings.swaps:,}: at most {room:,} entries of {base.name} may be removed. "
-            "Ask for fewer, or use --grow"
-        )
+def check_joins(base: AdaptBase, settings: AdaptSettings, words: WordWeights) -> None:
+    "Words enough for the entries that shall come; `UserError` otherwise."
     model = tokenizer_from_json(base.tok_json).model
     joins = sum(len(model.tokenize(word)) - 1 for word in words)
     if settings.entries > joins:
@@ -353,11 +375,9 @@ def adapted_json(base: dict, settings: AdaptSettings, words: WordWeights, own: O
 def measured_texts(everybody: bool, docs: int = 400) -> dict[str, list[str]]:
     "Held-out text by language: up to `docs` documents of each."
     if not everybody:
-        return {lang: toy_texts(lang) for lang in ("en", "code")}
+        return documents_by_language("toy", "heldout", docs, ["en", "code"])
     texts = {lang: messages[:docs] for lang, messages in corpora.locales("heldout").items()}
-    for lang in [*corpora.LANGS, "en", "code"]:
-        texts[lang] = language_documents(lang, "heldout", docs)
-    return texts
+    return texts | documents_by_language("assets", "heldout", docs, [*EIGHT, "en", "code"])
 
 
 def own_ratio(old: Tokenizer, new: Tokenizer, own: OwnWords, words: WordWeights) -> float:
@@ -409,13 +429,6 @@ def write_tokenizer(tok_json: dict, tokenizer: Any, folder: Path) -> None:
     atomic_write(folder / "tokenizer.json", json.dumps(tok_json, ensure_ascii=False))
 
 
-def specials_in_use(model) -> list[dict]:
-    "The ids of special tokens in a model's configurations."
-    configs = [model.config, getattr(model, "generation_config", None)]
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return [{name: getattr(c, name, None) for name in names} for c in configs if c is not None]
-
-
 def write_model(base: AdaptBase, tokenizer_folder: Path, init: str, seed: int, folder: Path) -> int:
     "The base's weights with transplanted rows, and rows for a grown vocabulary; returns new rows."
     if base.name == "smollm2":  # its folder has no tokenizer
@@ -423,15 +436,10 @@ def write_model(base: AdaptBase, tokenizer_folder: Path, init: str, seed: int, f
     else:
         model, _ = load_model(base.weights)
     new = AutoTokenizer.from_pretrained(tokenizer_folder)
-    in_use = copy.deepcopy(specials_in_use(model))
     size = max(new.get_vocab().values()) + 1
     if size > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(size, mean_resizing=False)
-    rows = transplant(model, base.tokenizer, new, init, seed)
-    configs = [model.config, getattr(model, "generation_config", None)]
-    for config, ids in zip(filter(None, configs), in_use):
-        for name, value in ids.items():
-            setattr(config, name, value)
+    rows = move_rows(model, base.tokenizer, new, init, seed)
     save_model_folder(model, new, folder, rows)
     for file in tokenizer_folder.iterdir():
         shutil.copy2(file, folder / file.name)
@@ -506,15 +514,16 @@ def adapt(settings: AdaptSettings) -> dict:  # own_ratio, cost_pct, new_rows, se
     base = load_adapt_base(settings.base)
     old = tokenizer_from_json(base.tok_json)
     words = weigh_words(old, own, settings.letters, limit=300_000)
-    check_room_for(base, settings, words)
+    check_room(base.tok_json, settings.swaps, settings.letters)
+    check_weights(base)
+    check_joins(base, settings, words)
+    out = Path(settings.out)
+    part = make_room_on_disk(out)
     lap(
         f"{len(words):,} words choose; {len(base.tok_json['model']['vocab']):,} entries in the base"
     )
     new_json = adapted_json(base.tok_json, settings, words, own)
     lap(f"{settings.entries:,} new entries")
-    out = Path(settings.out)
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
     write_tokenizer(base.tok_json, base.tokenizer, part / "base")
     write_tokenizer(new_json, base.tokenizer, part / "tokenizer")
     texts = own.heldout[:2000]
@@ -549,6 +558,19 @@ def adapt(settings: AdaptSettings) -> dict:  # own_ratio, cost_pct, new_rows, se
         out.rmdir()
     part.rename(out)
     return report | dict(certificate=certificate)
+
+
+def make_room_on_disk(out: Path) -> Path:
+    "The folder beside `out` in which the result grows; `UserError` where it cannot be made."
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: {error.strerror} ({part.parent}). Name a folder that can be written"
+        ) from error
+    return part
 
 
 def write_cost(folder: Path, settings: AdaptSettings, report: dict) -> None:
@@ -606,7 +628,10 @@ def adapt_command(argv: list[str] | None = None) -> int:
         grow=asked.grow or 0,
         init=asked.init,
     )
-    report = adapt(settings)
+    try:
+        report = adapt(settings)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--out {asked.out}: cannot write it ({error}). Free space") from error
     cost = report["cost_pct"]
     worst = max(cost, key=cost.__getitem__)
     print(

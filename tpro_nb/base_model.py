@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'NOT_SAVED', 'TOKEN_ROLES', 'INITS', 'smollm2', 'TextBits', 'padded', 'text_bits', 'bits_per_byte',
            'RowPlan', 'roles_of', 'check_roles', 'row_plan', 'weighted_rows', 'equal_weights', 'init_random',
-           'init_global', 'init_mean', 'init_wmean', 'Spelt', 'spelt', 'piece_features', 'init_ridge', 'transplant',
-           'windows', 'run_steps', 'NanoSettings', 'pad_apart', 'nothing_measured', 'make_nano', 'get_base',
-           'RaceTexts', 'snippets_of', 'heldout_and_train', 'RaceSettings', 'RaceResult', 'Race', 'measure_languages',
-           'race_one', 'race', 'winner', 'gain']
+           'init_global', 'init_mean', 'init_wmean', 'Spelt', 'spelt', 'piece_features', 'init_ridge', 'move_rows',
+           'transplant', 'windows', 'run_steps', 'NanoSettings', 'pad_apart', 'nothing_measured', 'make_nano',
+           'get_base', 'RaceTexts', 'snippets_of', 'heldout_and_train', 'RaceSettings', 'RaceResult', 'Race',
+           'measure_languages', 'race_one', 'race', 'winner', 'gain']
 
 # %% ../nbs/03b_base_model.ipynb #7aba14db
 import math
@@ -293,14 +293,14 @@ INITS: dict[str, Callable[..., torch.Tensor]] = {
 
 # %% ../nbs/03b_base_model.ipynb #e72f3386
 @torch.no_grad()
-def transplant(
+def move_rows(
     model,  # changed in place
     base,  # the model's own tokenizer
     dense,  # the one it gets
     init: str = "mean",  # one of `INITS`
     seed: int = 0,
 ) -> list[int]:  # the new ids
-    "Move kept rows and initialise new ones; padded rows, dtype and tying stay."
+    "Move kept rows and initialise new ones; padded rows, dtype, tying and settings stay."
     if init not in INITS:
         raise UserError(f"no initialiser {init!r}: choose one of {', '.join(INITS)}")
     check_sizes(model, base, "base vocabulary")
@@ -316,8 +316,14 @@ def transplant(
             pieces = list(plan.new.values())
             rows[list(plan.new)] = INITS[init](old[: len(base)], pieces, base, generator)
         matrix.copy_(rows.to(matrix.dtype))
-    set_specials(model, dense)
     return list(plan.new)
+
+
+def transplant(model, base, dense, init: str = "mean", seed: int = 0) -> list[int]:
+    "`move_rows`, and the special tokens of the settings as `dense` has them; the new ids."
+    ids = move_rows(model, base, dense, init, seed)
+    set_specials(model, dense)
+    return ids
 
 # %% ../nbs/03b_base_model.ipynb #c9a673ac
 def windows(tok, texts: list[str], length: int, seed: int = 0) -> torch.Tensor:

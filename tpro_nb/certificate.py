@@ -604,7 +604,7 @@ def token_setting(value: Any) -> Any:
     return value.get("content") if isinstance(value, dict) else value or None
 
 
-def opened_otherwise(folder: Path, tok_json: dict) -> list[str]:
+def opened_otherwise(folder: Path, tok_json: dict, tok: Tokenizer) -> list[str]:
     "In what the tokenizer that AutoTokenizer builds of a folder is not the one of its file."
     from transformers import AutoTokenizer
 
@@ -612,7 +612,7 @@ def opened_otherwise(folder: Path, tok_json: dict) -> list[str]:
         opened = AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:
         return [f"AutoTokenizer cannot open the folder: {str(error).splitlines()[0][:150]}"]
-    tok, built = tokenizer_from_json(tok_json), json.loads(opened.backend_tokenizer.to_str())
+    built = json.loads(opened.backend_tokenizer.to_str())
     marks = {added["content"] for added in built["added_tokens"] + tok_json["added_tokens"]}
     for probe in [*PROBES, *(f"да{mark} да" for mark in sorted(marks))]:
         expected, ids = tok.encode(probe).ids, opened.encode(probe)
@@ -625,7 +625,12 @@ def opened_otherwise(folder: Path, tok_json: dict) -> list[str]:
     return [found.what for found in unlike if found.changes]
 
 
-def folder_differences(source: Any, base: Any) -> list[Difference]:
+def folder_differences(
+    source: Any,  # the changed one, as `certify` takes it
+    base: Any,
+    tok_json: dict,  # the changed one, read
+    tok: Tokenizer,
+) -> list[Difference]:
     "What transformers makes of a folder's configuration; nothing where the source is no folder."
     if not isinstance(source, (str, Path)) or not Path(source).is_dir():
         return []
@@ -634,7 +639,7 @@ def folder_differences(source: Any, base: Any) -> list[Difference]:
         return []
     found = []
     name = read_json(folder / "tokenizer_config.json").get("tokenizer_class")
-    for shown in opened_otherwise(folder, load_tokenizer_json(folder)):
+    for shown in opened_otherwise(folder, tok_json, tok):
         found.append(Difference(f"transformers, tokenizer_class {name!r}: {shown}", changes=True))
     theirs = Path(base) / "tokenizer_config.json" if isinstance(base, (str, Path)) else None
     if theirs and theirs.exists():
@@ -728,7 +733,8 @@ def certify(
     if "NFC" in json.dumps(old.json.get("normalizer")):
         strings = [unicodedata.normalize("NFC", text) for text in strings]
     kept_trial = reached_before_and_after(old.tok, new.tok, kept)
-    unlike = differences(new.json, old.json) + folder_differences(tokenizer, base)
+    unlike = differences(new.json, old.json)
+    unlike += folder_differences(tokenizer, base, new.json, new.tok)
     found = dict(
         size_changed=size_faults(new, old, grow),
         ids_changed=[name for name in kept if new.ids[name] != old.ids[name]],

@@ -2,13 +2,14 @@
 
 # %% auto #0
 __all__ = ['CYRILLIC', 'HEX_BYTE', 'PROTECTION_RULES', 'SMOOTH', 'Halves', 'Pair', 'NO_FLAGS', 'TOY_WISH', 'CARD', 'protected',
-           'removable_ids', 'merge_tree', 'choose_victims', 'without', 'Extension', 'letter_beginnings', 'good_token',
-           'join_in', 'PairWeights', 'grow_vocabulary', 'assemble', 'operate', 'check_donor', 'check_texts',
-           'check_room', 'toy_wish', 'two_piece_passes', 'donor_pool', 'script_of', 'ScriptRow', 'spread', 'by_script',
-           'LanguageRow', 'compare_languages', 'card_text', 'package_licence', 'catalogue_licence', 'swap_licences',
-           'SurgerySettings', 'starting_point', 'Ballot', 'ballot_on', 'SurgeryReport', 'genre_texts', 'seen_share',
-           'price_for_others', 'o200k_density', 'random_examples', 'surgery_report', 'change_table', 'surgery_job',
-           'SwapTable', 'pack_swaps', 'unpack_swaps', 'dense_tokenizer']
+           'removable_ids', 'merge_tree', 'cuttable_ids', 'check_room', 'choose_victims', 'without', 'Extension',
+           'letter_beginnings', 'good_token', 'join_in', 'PairWeights', 'grow_vocabulary', 'assemble', 'operate',
+           'check_donor', 'check_texts', 'toy_wish', 'two_piece_passes', 'donor_pool', 'script_of', 'ScriptRow',
+           'spread', 'by_script', 'LanguageRow', 'compare_languages', 'card_text', 'package_licence',
+           'catalogue_licence', 'swap_licences', 'SurgerySettings', 'starting_point', 'counted_here', 'votes_on',
+           'SurgeryReport', 'genre_texts', 'seen_share', 'price_for_others', 'o200k_density', 'random_examples',
+           'surgery_report', 'change_table', 'surgery_job', 'SwapTable', 'pack_swaps', 'unpack_swaps',
+           'dense_tokenizer']
 
 # %% ../nbs/02c_tokenizer_surgery.ipynb #1b0b5c6b
 import heapq
@@ -26,7 +27,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -142,6 +143,36 @@ def merge_tree(tok_json: dict) -> tuple[dict[int, list[Halves]], Counter[int]]:
     return made_of, dependants
 
 
+def cuttable_ids(
+    tok_json: dict, letters: frozenset[str] = CYRILLIC, rule: str = "units"
+) -> set[int]:
+    "The removable ids that a cut can reach: all that is built from them may go as well."
+    free = removable_ids(tok_json, letters, rule)
+    made_of, dependants = merge_tree(tok_json)
+    leaves = [token for token in free if not dependants[token]]
+    gone = set()
+    while leaves:
+        token = leaves.pop()
+        gone.add(token)
+        for half in chain.from_iterable(made_of[token]):
+            dependants[half] -= 1
+            if not dependants[half] and half in free:
+                leaves.append(half)
+    return gone
+
+
+def check_room(
+    tok_json: dict, n: int, letters: frozenset[str] = CYRILLIC, rule: str = "units"
+) -> None:
+    "At least n entries that can be cut off; `UserError` otherwise."
+    room = len(cuttable_ids(tok_json, letters, rule))
+    if n < 0 or n > room:
+        raise UserError(
+            f"{n:,} replacements asked, but at most {room:,} entries of this vocabulary "
+            "may be removed. Ask for fewer."
+        )
+
+
 def choose_victims(
     tok_json: dict,  # the tokenizer
     use: np.ndarray,  # [voters, ids], uses per million words
@@ -151,6 +182,7 @@ def choose_victims(
     rule: str = "units",  # one of `PROTECTION_RULES`
 ) -> list[int]:  # in the order in which they go
     "The n least used removable ids; a removed leaf hands its use down to its halves."
+    check_room(tok_json, n, letters, rule)
     free = removable_ids(tok_json, letters, rule)
     made_of, dependants = merge_tree(tok_json)
     weight = np.ones(len(use)) if weight is None else weight
@@ -163,7 +195,7 @@ def choose_victims(
     heapq.heapify(leaves)
     victims: list[int] = []
     gone: set[int] = set()
-    while leaves and len(victims) < n:
+    while len(victims) < n:
         old_score, negative = heapq.heappop(leaves)
         token = -negative
         if token in gone:
@@ -179,11 +211,6 @@ def choose_victims(
             scaled[half] += scaled[token]
             if not dependants[half] and half in free:
                 heapq.heappush(leaves, (score(half), -half))
-    if len(victims) < n:
-        raise UserError(
-            f"{n:,} replacements asked, but only {len(victims):,} entries of this vocabulary "
-            "may be removed. Ask for fewer."
-        )
     return victims
 
 
@@ -412,16 +439,6 @@ def check_texts(texts: dict[str, list[str]]) -> None:
                 f"the text for {lang} is only {100 * share:.0f} % Cyrillic letters: "
                 f"another language? Give {corpora.LANGS[lang]} text"
             )
-
-
-def check_room(tok_json: dict, n: int, rule: str = "units") -> None:
-    "At least n entries that are not protected; `UserError` otherwise."
-    room = len(removable_ids(tok_json, rule=rule))
-    if n < 0 or n > room:
-        raise UserError(
-            f"{n:,} replacements asked, but at most {room:,} entries of this vocabulary "
-            "may be removed. Ask for fewer."
-        )
 
 # %% ../nbs/02c_tokenizer_surgery.ipynb #3d0203ac
 TOY_WISH = [
@@ -718,20 +735,16 @@ def starting_point(base: str, nano_size: int, texts: dict[str, list[str]]) -> di
         ) from e
 
 
-class Ballot(NamedTuple):
-    "How it is decided who goes."
-
-    votes: Votes
-    rule: str  # of protection, one of `PROTECTION_RULES`
+def counted_here(tok_json: dict, job: SurgerySettings) -> bool:
+    "Whether this is the list on which the votes that travel with the library were counted."
+    return job.source == "assets" and tokenizer_fingerprint(tok_json) == read_usage().base
 
 
-def ballot_on(tok_json: dict, job: SurgerySettings) -> Ballot:
-    "The counted votes where this is the list on which they were counted; otherwise live ones."
-    usage = read_usage()
-    if job.source == "assets" and tokenizer_fingerprint(tok_json) == usage.base:
-        return Ballot(counted_votes(job.english, usage), job.protect)
-    votes = count_votes(tok_json, job.words_per_lang, job.docs, job.voting_languages)
-    return Ballot(votes, "units")
+def votes_on(tok_json: dict, job: SurgerySettings) -> Votes:
+    "The counted votes where there are any for this list; otherwise live ones."
+    if counted_here(tok_json, job):
+        return counted_votes(job.english, read_usage())
+    return count_votes(tok_json, job.words_per_lang, job.docs, job.voting_languages)
 
 # %% ../nbs/02c_tokenizer_surgery.ipynb #a0ab554c
 @dataclass
@@ -854,11 +867,12 @@ def surgery_job(
     trimming_text = vocabulary_text(job.source, job.docs) if job.nano_size else {}
     old = starting_point(job.base, job.nano_size, trimming_text)
     held = documents_by_language(job.source, "heldout", job.heldout_docs, [*EIGHT, "en", "code"])
-    check_room(old, job.n + len(THINK))
+    rule = job.protect if counted_here(old, job) else "units"
+    check_room(old, job.n + len(THINK), rule=rule)
     check_texts(held)
     for donor in job.donors:
         check_donor(donor, published.vocabulary(donor))
-    votes, rule = ballot_on(old, job)
+    votes = votes_on(old, job)
     lap("use counted")
     if job.source == "toy":
         words = toy_wish()
