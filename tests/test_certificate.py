@@ -12,6 +12,7 @@ from tpro_nb.certificate import (
     byte_level,
     certify,
     load_tokenizer_json,
+    read_object,
     save_tokenizer_folder,
     setting_differences,
     tokenizer_from_json,
@@ -387,3 +388,30 @@ def test_loose_accents_are_not_lost(base, normalizer):
     for text in texts:
         assert tok.decode(tok.encode(text).ids, skip_special_tokens=False) == text
     assert certify(tok_json, tok_json, NFD_AND_OTHERS)["ok"]
+
+
+OBJECTS = {  # what a configuration file may hold: what is said of it, None: nothing
+    b"{}": None,
+    b' {"a": 1}\n': None,
+    '{"имя": "кот"}'.encode(): None,
+    b'{"a": {"b": []}}': None,
+    b'{"tokenizer_class": null}': None,
+    b"": "copied whole",
+    b"{oops": "copied whole",
+    b'{"a": 1': "copied whole",
+    '{"a": 1}'.encode("utf-16"): "copied whole",
+    b"[1, 2]": "holds a list",
+    b"null": "holds a NoneType",
+}
+
+
+@pytest.mark.parametrize("held", OBJECTS)
+def test_a_configuration_of_somebodys_own_is_not_to_be_deleted(tmp_path, held):
+    path = tmp_path / "tokenizer_config.json"
+    path.write_bytes(held)
+    if OBJECTS[held] is None:
+        assert read_object(path) == json.loads(held)
+        return
+    with pytest.raises(UserError, match=OBJECTS[held]) as refusal:
+        read_object(path)
+    assert "elete" not in str(refusal.value)

@@ -448,6 +448,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'tpro_nb.certificate.reached_before_and_after': ( 'certificate.html#reached_before_and_after',
                                                                                        'tpro_nb/certificate.py'),
                                      'tpro_nb.certificate.reached_singly': ('certificate.html#reached_singly', 'tpro_nb/certificate.py'),
+                                     'tpro_nb.certificate.read_object': ('certificate.html#read_object', 'tpro_nb/certificate.py'),
                                      'tpro_nb.certificate.read_vocabulary': ('certificate.html#read_vocabulary', 'tpro_nb/certificate.py'),
                                      'tpro_nb.certificate.reordered_merges': ( 'certificate.html#reordered_merges',
                                                                                'tpro_nb/certificate.py'),

@@ -46,6 +46,7 @@ from tpro_nb.certificate import (
     from_byte_level,
     id_map,
     load_tokenizer_json,
+    read_object,
     save_tokenizer_folder,
     tokenizer_from_json,
 )
@@ -253,8 +254,16 @@ def folder_base(folder: Path) -> AdaptBase:
     "A folder's tokenizer, and its weights if there are any."
     tok_json = load_tokenizer_json(folder)
     place = folder if folder.is_dir() else folder.parent
-    if (place / "tokenizer_config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(str(place))
+    settings = place / "tokenizer_config.json"
+    if settings.exists():
+        name = read_object(settings).get("tokenizer_class")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(place))
+        except Exception as error:  # whatever the class that it names does
+            raise UserError(
+                f"base {folder}: transformers cannot open its tokenizer "
+                f"(tokenizer_class {name!r}): {str(error).splitlines()[0][:150]}"
+            ) from error
     else:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_from_json(tok_json))
     has_weights = (place / "config.json").exists() and any(place.glob("*.safetensors"))
@@ -292,7 +301,7 @@ def check_weights(base: AdaptBase) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot read {path}: {error}. Was it copied whole?") from error
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     rows = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     last = max(base.tokenizer.get_vocab().values())
     if rows is not None and last >= rows:

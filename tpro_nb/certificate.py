@@ -5,8 +5,8 @@ __all__ = ['BYTE_TO_CHAR', 'CHAR_TO_BYTE', 'NOT_HERE', 'OTHER_FORMS', 'ALONE', '
            'UNICODE_BLOCKS', 'PARTS', 'IGNORED', 'PROBES', 'MODEL_SETTINGS', 'FLAGS', 'CONFIGURED', 'TABLES',
            'FAST_TOKENIZER', 'byte_level', 'from_byte_level', 'token_name', 'token_id', 'token_text', 'survives_merges',
            'unreachable', 'merge_halves', 'merges_of', 'check_byte_level', 'check_lists', 'check_complete',
-           'tokenizer_json_path', 'load_tokenizer_json', 'tokenizer_fingerprint', 'tokenizer_from_json', 'Entry',
-           'entries_and_parts', 'fitting', 'reached_singly', 'carried', 'expected_ids', 'reached',
+           'tokenizer_json_path', 'read_object', 'load_tokenizer_json', 'tokenizer_fingerprint', 'tokenizer_from_json',
+           'Entry', 'entries_and_parts', 'fitting', 'reached_singly', 'carried', 'expected_ids', 'reached',
            'unreached_in_carriers', 'KeptTrial', 'reached_before_and_after', 'reordered_merges', 'premature_merges',
            'random_text', 'changed_strings', 'adds_nothing', 'plain_part', 'in_short', 'literals', 'Treatment',
            'treatment', 'witness', 'Difference', 'part_differences', 'setting_differences', 'flag_differences',
@@ -187,6 +187,17 @@ def tokenizer_json_path(source: Path) -> Path:
             "AutoTokenizer and save_pretrained, which writes one if it can"
         )
     raise UserError(f"no tokenizer at {path}: give a tokenizer.json or a folder that holds one")
+
+
+def read_object(path: Path) -> dict:
+    "What somebody's own json file holds, which must be an object; `UserError` otherwise."
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"cannot read {path}: {error}. Was it copied whole?") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}, not an object with settings")
+    return found
 
 
 def load_tokenizer_json(
@@ -638,12 +649,13 @@ def folder_differences(
     if not (folder / "tokenizer_config.json").exists():
         return []
     found = []
-    name = read_json(folder / "tokenizer_config.json").get("tokenizer_class")
+    here = read_object(folder / "tokenizer_config.json")
+    name = here.get("tokenizer_class")
     for shown in opened_otherwise(folder, tok_json, tok):
         found.append(Difference(f"transformers, tokenizer_class {name!r}: {shown}", changes=True))
     theirs = Path(base) / "tokenizer_config.json" if isinstance(base, (str, Path)) else None
     if theirs and theirs.exists():
-        here, there = read_json(folder / "tokenizer_config.json"), read_json(theirs)
+        there = read_object(theirs)
         for name in CONFIGURED:
             ours, his = token_setting(here.get(name)), token_setting(there.get(name))
             if ours != his:

@@ -23,8 +23,14 @@ import torch
 from safetensors import safe_open
 from tqdm.auto import tqdm
 
-from .certificate import load_tokenizer_json, merges_of, plain_part, tokenizer_from_json
-from .core import UserError, read_json
+from tpro_nb.certificate import (
+    load_tokenizer_json,
+    merges_of,
+    plain_part,
+    read_object,
+    tokenizer_from_json,
+)
+from .core import UserError
 from .published import PATTERNS
 from .serving import compare_shapes, refuse_misfits, target_shapes
 
@@ -251,7 +257,7 @@ def export_to_gguf(folder: Path | str, path: Path | str) -> Path:
     folder, path = Path(folder), Path(path)
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} is no model folder: it has no config.json")
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     if config.get("model_type") not in ("llama", "qwen3"):
         raise UserError(
             f"{folder} is a {config.get('model_type')} model; Llama and Qwen3 can be exported"
