@@ -1,3 +1,4 @@
+# make demo = a small environment + three minutes of the real thing, no training
 # make run  = environment + the cpu profile + its report
 # make test = environment + lint + every test        make lint = layout, rules and types alone        make fix = write the layout
 # make book = the reading edition of a run (RUN=outputs/reference/cpu) in outputs/book/site
@@ -5,16 +6,25 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 PROFILE ?= cpu
+PACKAGES = settings.ini setup.py pyproject.toml constraints-cpu.txt
 
-.PHONY: run lint fix book test test-eval test-clients test-sglang test-loads env env-eval env-clients env-sglang sglang-venv clean
+.PHONY: demo run lint fix book test test-eval test-clients test-sglang test-loads env env-eval env-clients env-sglang sglang-venv clean
 run: env
 	$(BIN)/tpro-nb run $(PROFILE)
 
+# What only developers need comes with `make run`, into the same environment.
+demo: $(VENV)/.demo
+	$(BIN)/tpro-nb demo $(DEMO)
+$(VENV)/.demo: $(PACKAGES) | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints-cpu.txt -e '.[demo]'
+	touch $@
+
 env: $(VENV)/.done
-$(VENV)/.done: settings.ini setup.py pyproject.toml constraints-cpu.txt
+$(BIN)/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12"'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
+$(VENV)/.done: $(PACKAGES) | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints-cpu.txt -e '.[dev]'
 	touch $@
 

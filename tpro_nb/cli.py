@@ -139,6 +139,9 @@ class Forwarded(NamedTuple):
 
 FORWARDED = dict(
     curate=Forwarded("curate", "a clean, deduplicated, decontaminated set of rows that you bring"),
+    demo=Forwarded(
+        "demo", "three minutes: a draft at work, Russian in fewer tokens, the page (demo extra)"
+    ),
     serve=Forwarded("server", "an OpenAI-compatible server (demo extra)"),
     playground=Forwarded("playground", "the chat page (demo extra)"),
     adapt=Forwarded(

@@ -923,14 +923,15 @@ def fair_pair(pair: ServedPair, url: str) -> dict[str, dict]:
 # %% ../nbs/15g_playground.ipynb #5e1985b4
 def refuse_taken_port(port: int) -> None:
     "`UserError` where the page cannot listen."
+    if not 1 <= port <= 65535:
+        raise UserError(f"--port {port}: a port is a number from 1 to 65535")
     with socket.socket() as sock:
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(("127.0.0.1", port))
-        except (OSError, OverflowError) as e:
-            why = getattr(e, "strerror", e)
+        except OSError as e:
             raise UserError(
-                f"cannot listen on port {port}: {why}. Choose another with --port."
+                f"cannot listen on port {port}: {e.strerror}. Choose another with --port."
             ) from None
 
 
