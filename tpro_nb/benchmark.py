@@ -325,12 +325,13 @@ def rounded(value: float | None) -> float | None:
     return None if value is None or np.isnan(value) else round(float(value), 3)
 
 
-def speedup_with_ends(plain: dict, eagle: dict) -> tuple[float | None, float | None, float | None]:
-    "Ratio of the pairs' sums, and the ends of the wider interval: over prompts, or over cells."
+def speedup_with_ends(
+    *clustered: PairedTimes,  # the same pairs by prompt, and by cell
+) -> tuple[float | None, float | None, float | None]:
+    "Ratio of the pairs' sums, and the ends of the widest interval."
     value = None
     ends: list[float] = []
-    for by in ("prompt", "cell"):
-        times = paired_ms(plain, eagle, by)
+    for times in clustered:
         if times.plain:
             value, *both = ratio_ci(times.plain, times.eagle)
             ends += [end for end in both if not np.isnan(end)]
@@ -353,12 +354,14 @@ def benchmark_summary(rows: list[dict], **where) -> dict:
     rows = [row for row in rows if where.items() <= row.items()]
     plain = answered(rows, "plain")
     eagle = answered(rows, "eagle")
-    speedup, lower, upper = speedup_with_ends(plain, eagle)
+    by_prompt = paired_ms(plain, eagle, "prompt")
+    by_cell = paired_ms(plain, eagle, "cell")
+    speedup, lower, upper = speedup_with_ends(by_prompt, by_cell)
     lengths = [row["acceptance_length"] for row in eagle.values() if row["acceptance_length"]]
     waits = first_token_times(plain), first_token_times(eagle)
     return dict(
-        prompts=len(paired_ms(plain, eagle, "prompt").plain),
-        cells=len(paired_ms(plain, eagle, "cell").plain),
+        prompts=len(by_prompt.plain),
+        cells=len(by_cell.plain),
         failed=sum("error" in row for row in rows),
         speedup=speedup,
         speedup_lo=lower,
