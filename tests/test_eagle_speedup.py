@@ -150,6 +150,7 @@ def measured(tmp_path_factory):
     model = folder / "model"
     toy_model(model)
     echo_draft(folder / "draft", model, [i for i in range(510) if i not in (300, 301)])
+    random_draft(folder / "shipped", model)
     # the toy repeats its last token; two of the four are not hot
     rows = []
     for i, row in enumerate(eagle_speedup.prepared_prompts(model, eagle_decoding.PROOF_PROMPTS, 4)):
@@ -157,6 +158,7 @@ def measured(tmp_path_factory):
     plan = eagle_speedup.SpeedPlan(
         model=str(model),
         draft=str(folder / "draft"),
+        shipped=str(folder / "shipped"),
         name="base",
         work=str(folder),
         rows=rows,
@@ -186,7 +188,8 @@ def test_measure_runs_every_contestant_in_rotating_order(measured):
     info = measured.info
     totals = speed_figures.request_totals(measured.events)
     runs = ("plain", "eagle", "plain_t", "eagle_t", "transformers", "prompt_lookup")
-    assert set(totals) == {("base", run) for run in runs}
+    targets = ("base", "shipped")
+    assert set(totals) == {(target, run) for target in targets for run in runs}
     assert len(totals["base", "plain"]) == len(totals["base", "eagle"]) == 4
     assert len(totals["base", "transformers"]) == len(totals["base", "eagle_t"]) == 2
     first = {}
@@ -197,6 +200,25 @@ def test_measure_runs_every_contestant_in_rotating_order(measured):
     assert info["tried"][0]["predicted"] >= info["tried"][1]["predicted"]
     assert {1, 2, 3, 5} <= {int(rows) for rows in info["forward_ms"]}
     assert {1, 2, 5} == {int(rows) for rows in info["loop_ms"]}
+
+
+def test_a_second_draft_shares_what_has_none_and_is_measured_for_itself(measured):
+    info, totals = measured.info, speed_figures.request_totals(measured.events)
+    for run in ("plain", "plain_t", "transformers", "prompt_lookup"):
+        assert totals["base", run] == totals["shipped", run]
+    for run in ("eagle", "eagle_t"):
+        assert totals["base", run] != totals["shipped", run]
+    echo, rival = info["judged"], info["shipped"]["judged"]
+    assert rival["plain_ms"] == echo["plain_ms"]
+    assert rival["prompts"] == echo["prompts"] == 2
+    assert rival["tree"] == info["shipped"]["tried"][0]["tree"]
+    assert rival["acceptance_length"] < echo["acceptance_length"]  # it has learned nothing
+    told = info | dict(static=None, vocabs=[], temperatures=[]) | info["shipped"]
+    metrics = speed_figures.speed_metrics(totals, told, "shipped", "shipped_")
+    own = speed_figures.speed_metrics(totals, info, "base")
+    assert metrics["shipped_plain_ms_per_token"] == own["plain_ms_per_token"]
+    assert metrics["shipped_speedup"] < own["speedup"]
+    check_metrics("14c_eagle_speedup", metrics)
 
 
 def test_transformers_is_given_the_conditions_that_suit_it_best(measured):
@@ -260,16 +282,18 @@ def test_same_text_and_known_keys(measured):
         if step["run"] in ("plain", "eagle"):
             drafted = step["tree"]["tokens"]
             tokens = [drafted[node] for node in step["accepted"]] + [step["bonus"]]
-            key = (step["request"], step["run"])
+            key = (step["request"], step["run"], step["target"])
             text.setdefault(key, []).extend(tokens[: step["emitted"]])
-    eagle = [step for step in events if step["run"] == "eagle"]
+    eagle = [step for step in events if (step["run"], step["target"]) == ("eagle", "base")]
     accepted = [len(step["accepted"]) for step in eagle]
     assert max(accepted) > 0, "no draft token was accepted: the comparison would show nothing"
     assert min(accepted) == 0, "none was refused: the comparison would show nothing"
     assert sum(step["emitted"] > 1 for step in eagle) > 3
     if info["engine"] == "c":
         for row in rows:
-            assert text[row["request"], "plain"] == text[row["request"], "eagle"]
+            plain = text[row["request"], "plain", "base"]
+            for target in ("base", "shipped"):
+                assert text[row["request"], "eagle", target] == plain
     totals = speed_figures.request_totals(events)
     metrics = speed_figures.speed_metrics(totals, info, "base")
     metrics |= speed_figures.speed_metrics(totals, None, "chain", "chain_")
@@ -277,7 +301,7 @@ def test_same_text_and_known_keys(measured):
     speed_figures.write_csv(folder / "speed.csv", speed_figures.speed_by_domain(totals))
     with open(folder / "speed.csv", newline="", encoding="utf-8") as file:
         written = list(csv.DictReader(file))
-    assert len(written) == len({(row["domain"], row["mode"]) for row in rows})
+    assert len(written) == 2 * len({(row["domain"], row["mode"]) for row in rows})
     assert all(float(row["speedup"]) > 0 for row in written)
 
 

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['LOOKUPS', 'Contestant', 'ClockReading', 'StepClock', 'hf_events', 'BaselineConditions', 'BaselineTrial',
-           'baseline_conditions', 'Baseline', 'best_trials', 'choose_baseline', 'our_contestant', 'contestants',
-           'PassParts', 'profiled_ms', 'hf_pass', 'kernel_pass', 'where_time_goes', 'prepared_prompts', 'end_ids',
-           'SpeedPlan', 'ReportedRun', 'run_reported', 'SpeedReport', 'cut_decoders', 'measure_speed', 'Invariance',
-           'AskedProblem', 'share_correct', 'invariance']
+           'baseline_conditions', 'Baseline', 'best_trials', 'choose_baseline', 'our_contestant', 'Rider',
+           'contestants', 'PassParts', 'profiled_ms', 'hf_pass', 'kernel_pass', 'where_time_goes', 'prepared_prompts',
+           'end_ids', 'SpeedPlan', 'ReportedRun', 'run_reported', 'by_draft', 'SpeedReport', 'SecondDraft',
+           'cut_decoders', 'measure_speed', 'Invariance', 'AskedProblem', 'share_correct', 'invariance']
 
 # %% ../nbs/14c_eagle_speedup.ipynb #7d5fa0e1
 import ctypes
@@ -29,7 +29,6 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from .core import write_jsonl
 from tpro_nb.cost_model import (
-    EventLog,
     Forecast,
     SpeedPrompt,
     TemperatureTrial,
@@ -318,21 +317,31 @@ def our_contestant(
     return decode
 
 
+class Rider(NamedTuple):
+    "A draft of the target, and the tree that was chosen for it."
+
+    name: str  # of its greedy run: eagle, or shipped; its sampled run has _t behind it
+    dec: Decoder
+    shape: tuple[int, ...]
+
+
 def contestants(
-    dec: Decoder,
+    riders: Sequence[Rider],  # the first one's decoder also decodes plainly
     baseline: "Baseline | None",  # transformers in a process of its own
-    shape: Sequence[int],  # the chosen tree
     eos: Sequence[int],
-    temperature: float,  # of plain_t and eagle_t
+    temperature: float,  # of plain_t, eagle_t and shipped_t
     seed: int,
 ) -> dict[str, Contestant]:
-    "plain, eagle, plain_t, eagle_t; with a model also transformers and prompt_lookup."
+    "plain and plain_t, two of every rider; with a baseline also transformers and prompt_lookup."
+    dec = riders[0].dec
     found = dict(
         plain=our_contestant(dec, None, 0.0, eos, seed),
-        eagle=our_contestant(dec, shape, 0.0, eos, seed),
         plain_t=our_contestant(dec, None, temperature, eos, seed),
-        eagle_t=our_contestant(dec, shape, temperature, eos, seed),
     )
+    for rider in riders:
+        found[rider.name] = our_contestant(rider.dec, rider.shape, 0.0, eos, seed)
+        sampled = our_contestant(rider.dec, rider.shape, temperature, eos, seed)
+        found[f"{rider.name}_t"] = sampled
     if baseline is not None:
         found["transformers"] = baseline.contestant("transformers", eos)
         found["prompt_lookup"] = baseline.contestant("prompt_lookup", eos)
@@ -479,6 +488,7 @@ class SpeedPlan:
 
     model: str  # folder or hub id
     draft: str
+    shipped: str  # a second draft of the target, measured in the same turns; "": none
     name: str  # base or chain; the events' target
     work: str  # folder for the events
     rows: list[SpeedPrompt]  # reported prompts
@@ -516,48 +526,68 @@ class SpeedPlan:
 
     def entrants(self, number: int) -> list[str]:
         "Who decodes the reported prompt of this number."
-        names = ["plain", "eagle"]
+        drafted = ["eagle", "shipped"] if self.shipped else ["eagle"]
+        names = ["plain", *drafted]
         if number < self.baselines:
             names += ["transformers", "prompt_lookup"]
         if number < self.sampled:
-            names += ["plain_t", "eagle_t"]
+            names += ["plain_t", *(f"{name}_t" for name in drafted)]
         return names
 
     def answers(self, cuts: int) -> int:
         "All answers that will be written, with `cuts` draft vocabularies to compare."
         swept = (cuts if cuts > 1 else 0) + 2 * len(self.temperatures)
-        on_dev = len(self.dev) * (2 + len(self.shapes) + swept)
-        return on_dev + 2 * (len(self.judge) + len(self.rows) + self.sampled + self.baselines)
+        drafts = 2 if self.shipped else 1
+        on_dev = len(self.dev) * (1 + drafts * (1 + len(self.shapes)) + swept)
+        reported = sum(len(self.entrants(number)) for number in range(len(self.rows)))
+        return on_dev + (1 + drafts) * len(self.judge) + reported
 
 # %% ../nbs/14c_eagle_speedup.ipynb #8d02b7fa
 class ReportedRun(NamedTuple):
     "What the reported prompts and those of the forecast gave."
 
     events: list[dict]  # of the reported prompts, each with its `run`
-    judged: EventLog  # of the forecast's prompts: None (plain) and the tree
+    judged: list[list[dict]]  # of the forecast's prompts: the plain loop's, then each rider's
 
 
 def run_reported(
     plan: SpeedPlan,
-    dec: Decoder,
+    riders: Sequence[Rider],
     play: dict[str, Contestant],
-    shape: tuple[int, ...],  # the chosen tree
     tick: Callable[[], Any],
 ) -> ReportedRun:
     "Decode all reported prompts, and the forecast's between them."
     events: list[dict] = []
-    judged: EventLog = {None: [], shape: []}
+    forms = [(riders[0].dec, None), *((rider.dec, rider.shape) for rider in riders)]
+    judged: list[list[dict]] = [[] for _ in forms]
     share = len(plan.judge) / len(plan.rows)
     for number, row in enumerate(plan.rows):
         for name in turn_order(plan.entrants(number), number):
             events += [event | dict(run=name) for event in play[name](row, plan.new)]
             tick()
-        order = [None, shape] if number % 2 else [shape, None]
         for other in plan.judge[round(number * share) : round((number + 1) * share)]:
-            log = decode_in_turn(dec, [other], order, plan.judge_new, plan.eos, tick)
-            for decoded, steps in log.items():
-                judged[decoded] += steps
+            for place in turn_order(range(len(forms)), number):
+                dec, shape = forms[place]
+                log = decode_in_turn(dec, [other], [shape], plan.judge_new, plan.eos, tick)
+                judged[place] += log[shape]
     return ReportedRun(events, judged)
+
+
+def by_draft(events: Sequence[dict], name: str, second: bool) -> list[dict]:
+    """Events with `target`: `name`, or shipped, whose runs are then called eagle and eagle_t.
+
+    With a second draft, runs without any stand for both."""
+    labelled = []
+    for event in events:
+        run = event["run"]
+        if run.startswith("shipped"):
+            renamed = run.replace("shipped", "eagle")
+            labelled.append(event | dict(target="shipped", run=renamed))
+            continue
+        labelled.append(event | dict(target=name))
+        if second and not run.startswith("eagle"):
+            labelled.append(event | dict(target="shipped"))
+    return labelled
 
 # %% ../nbs/14c_eagle_speedup.ipynb #7e66d2d9
 class SpeedReport(TypedDict):
@@ -575,6 +605,14 @@ class SpeedReport(TypedDict):
     forward_after: dict[int, float]  # and after them: shows the machine's drift
     engine: str  # c or torch
     threads: int
+    shipped: "SecondDraft | None"
+
+
+class SecondDraft(TypedDict):
+    "The same of the target's second draft."
+
+    tried: list[TriedTree]
+    judged: Forecast
 
 
 def cut_decoders(plan: SpeedPlan, whole: Decoder) -> dict[int, Decoder]:
@@ -594,6 +632,7 @@ def measure_speed(**settings) -> SpeedReport:
 
     plan = SpeedPlan(**settings)
     dec = plan.decoder(plan.draft)
+    second = plan.decoder(plan.shipped) if plan.shipped else None
     cut = cut_decoders(plan, dec)
     dev, new, eos = plan.dev, plan.dev_new, plan.eos
     baseline: Baseline | None = None
@@ -612,13 +651,21 @@ def measure_speed(**settings) -> SpeedReport:
         vocabs = sweep_vocabs(cut, dev, shape, new, eos, loop, tick) if len(cut) > 1 else []
         fixed = decode_in_turn(dec, dev, [STATIC], new, eos, tick)[STATIC]
         heated = sweep_temperatures(dec, dev, shape, new, eos, plan.temperatures, plan.seed, tick)
-        play = contestants(dec, baseline, shape, eos, plan.temperature, plan.seed)
+        riders = [Rider("eagle", dec, shape)]
+        tried_too: list[TriedTree] = []
+        if second:
+            tried_too = choose_tree(second, dev, plan.shapes, new, eos, tick).tried
+            riders.append(Rider("shipped", second, tuple(tried_too[0]["tree"])))
+        play = contestants(riders, baseline, eos, plan.temperature, plan.seed)
         if baseline is not None:
             for name in ("transformers", "prompt_lookup"):
                 play[name](plan.rows[0], 8)  # warm
-        events, judged = run_reported(plan, dec, play, shape, tick)
-    labelled = [event | dict(target=plan.name) for event in events]
+        events, judged = run_reported(plan, riders, play, tick)
+    labelled = by_draft(events, plan.name, second is not None)
     write_jsonl(Path(plan.work) / f"{plan.name}.jsonl", labelled)
+    forecasts = []
+    for rider, drafted in zip(riders, judged[1:]):
+        forecasts.append(forecast(judged[0], drafted, rider.shape, plan.seed))
     after = forward_times(dec, sizes)
     parts: list[PassParts] = []
     if baseline is not None and dec.kind == "c":
@@ -632,12 +679,13 @@ def measure_speed(**settings) -> SpeedReport:
         temperatures=heated,
         baselines=searched,
         profile=parts,
-        judged=forecast(judged[None], judged[shape], shape, plan.seed),
+        judged=forecasts[0],
         loop_ms=loop,
         forward_ms=times,
         forward_after=after,
         engine=dec.kind,
         threads=torch.get_num_threads(),
+        shipped=SecondDraft(tried=tried_too, judged=forecasts[1]) if second else None,
     )
 
 # %% ../nbs/14c_eagle_speedup.ipynb #f641cf84

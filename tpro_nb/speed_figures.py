@@ -273,8 +273,8 @@ def machine_drift(info: dict) -> Drift:
     )
 
 # %% ../nbs/14b_speed_figures.ipynb #1f854d27
-TARGET_COLOURS = dict(base="C0", chain="C1")
-TARGET_NAMES = dict(base="base", chain="own")  # as figures call them
+TARGET_COLOURS = dict(base="C0", shipped="C4", chain="C1")
+TARGET_NAMES = dict(base="base", shipped="base, shipped draft", chain="own")  # as figures call them
 
 
 def plot_domains(ax, rows: list[dict], title: str) -> None:
@@ -322,7 +322,7 @@ def plot_scatter(
                 [row["speedup"] for row in mine],
                 s=22,
                 color=colour,
-                label=f"this run, {TARGET_NAMES[target]} target, by domain",
+                label=f"this run, {TARGET_NAMES[target]}, by domain",
             )
         price = own.get(target)
         if price:
@@ -373,7 +373,7 @@ def plot_acceptance(
         mine = [e for e in events if e["target"] == target and e["run"] == "eagle"]
         if not mine:
             continue
-        label = f"{TARGET_NAMES[target]} target"
+        label = TARGET_NAMES[target]
         shares = [100 * share for share in acceptance_by_depth(mine)]
         deep.plot(range(1, len(shares) + 1), shares, "o-", color=colour, label=label)
         begins = {request: at for (whose, request), at in start.items() if whose == target}
@@ -465,7 +465,7 @@ def plot_trees(ax, target: str, info: dict) -> None:
         ax.plot(len(STATIC) + 1, info["static"], "D", ms=6, mfc="none", color=colour)
     rows = [trial["rows"] for trial in info["tried"]]
     lengths = [trial["acceptance_length"] for trial in info["tried"]]
-    ax.scatter(rows, lengths, s=30, color=colour, alpha=0.6, label=f"{TARGET_NAMES[target]} target")
+    ax.scatter(rows, lengths, s=30, color=colour, alpha=0.6, label=TARGET_NAMES[target])
     for trial in info["tried"]:
         ax.annotate(
             f"{trial['predicted']:.2f}",
@@ -500,9 +500,7 @@ def plot_temperatures(ax, target: str, info: dict) -> None:
         return
     heat = [trial["temperature"] for trial in trials]
     lengths = [trial["acceptance_length"] for trial in trials]
-    ax.plot(
-        heat, lengths, "o-", color=TARGET_COLOURS[target], label=f"{TARGET_NAMES[target]} target"
-    )
+    ax.plot(heat, lengths, "o-", color=TARGET_COLOURS[target], label=TARGET_NAMES[target])
     for trial in trials:
         note = f"{trial['speedup']:.2f}×"
         note_at(ax, note, (trial["temperature"], trial["acceptance_length"]))
