@@ -569,3 +569,31 @@ def test_times_left_go_by_this_machines_pace():
     assert pipeline.machine_pace([ran("new", 900.0)], guess) is None
     told = pipeline._expected_time("c", ["c"], guess, 2.0)
     assert told == "about 3:20 at this machine's pace; all that is left 3:20"
+
+
+BARS_OF_A_CHILD = """
+import subprocess, sys
+from tpro_nb.pipeline import bars_thinned
+
+bar = "import sys; print('one', file=sys.stderr)\\n"
+bar += "for i in range(20_000): print(f'\\\\r{i} of 20000', end='', file=sys.stderr)\\n"
+bar += "print('\\\\ntwo', file=sys.stderr)"
+with bars_thinned():
+    subprocess.run([sys.executable, "-c", bar], check=True)
+    print("three", file=sys.stderr)
+print("four", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_a_log_gets_few_lines_of_a_bar(read):
+    child = subprocess.Popen(
+        [sys.executable, "-c", BARS_OF_A_CHILD], stderr=subprocess.PIPE, text=True
+    )
+    if not read:
+        child.stderr.close()  # as `2>&1 | head` does: the writers go on
+        assert child.wait(timeout=120) in (0, 1, 120)
+        return
+    said = child.communicate(timeout=120)[1].splitlines()
+    assert said[0] == "one" and said[-3:] == ["two", "three", "four"]
+    assert len(said) < 10
