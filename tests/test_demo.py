@@ -213,6 +213,12 @@ def test_refused_drafts(nothing_fetched, tmp_path, make):
         demo_command(["--once", "--draft", str(folder)])
 
 
+def test_a_draft_that_was_not_installed(nothing_fetched, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "shipped_draft", lambda: tmp_path / "absent")
+    with pytest.raises(UserError, match="install tpro_nb again"):
+        demo_command(["--once"])
+
+
 @pytest.mark.parametrize("cache", ["a file", "below a file"])
 def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path, draft, cache):
     (tmp_path / "file").touch()

@@ -2,6 +2,8 @@
 
 And a decoder that must change nothing."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -227,8 +229,61 @@ def test_one_position_on_the_command_line(long_arguments, capsys):
     [
         ("long MODEL o", "--trained"),
         ("tau MODEL o --trained 8", "--draft"),
+        ("long MODEL o --trained 8 --limit 0", "--limit 0"),
+        ("safety MODEL o --new 0", "--new 0"),
+        ("safety MODEL MODEL/config.json", "is a file"),
+        ("safety MODEL/nowhere o", "no config.json"),
+        ("long MODEL/config.json o --trained 8", "no config.json"),
+        ("tau MODEL o --trained 8 --draft MODEL/nowhere --texts t", "nowhere"),
+        ("tau MODEL o --trained 8 --draft MODEL --texts t", "model.safetensors does not fit"),
     ],
 )
 def test_what_limits_wants(arguments, says, toy):
     with pytest.raises(UserError, match=says):
-        limits.limits_command(arguments.replace("MODEL", toy).split())
+        limits.limits_command(arguments.replace("MODEL", str(toy)).split())
+
+
+def no_utf8(model):
+    (model / "config.json").write_bytes(b"\xff")
+
+
+def a_list(model):
+    (model / "config.json").write_text("[]")
+
+
+def another_kind(model):
+    (model / "config.json").write_text('{"model_type": "nothing"}')
+
+
+def no_tokenizer(model):
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+
+
+def no_weights(model):
+    (model / "model.safetensors").unlink()
+
+
+def cut_weights(model):
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    "spoil", [no_utf8, a_list, another_kind, no_tokenizer, no_weights, cut_weights]
+)
+def test_a_model_that_cannot_be_read_is_one_line(toy, tmp_path, spoil):
+    model = tmp_path / "model"
+    shutil.copytree(toy, model)
+    limits.refuse_unreadable(str(model))
+    spoil(model)
+    with pytest.raises(UserError, match=str(model)) as error:
+        limits.limits_command(["safety", str(model), str(tmp_path / "out")])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rows", [[], [1], [dict(prompt="a")], [dict(text=1)]])
+def test_texts_without_the_key(tmp_path, rows):
+    write_jsonl(tmp_path / "t.jsonl", rows)
+    with pytest.raises(UserError, match="t.jsonl"):
+        limits.texts_under(str(tmp_path / "t.jsonl"), "text")

@@ -597,3 +597,9 @@ def test_a_log_gets_few_lines_of_a_bar(read):
     said = child.communicate(timeout=120)[1].splitlines()
     assert said[0] == "one" and said[-3:] == ["two", "three", "four"]
     assert len(said) < 10
+
+
+def test_a_profile_without_a_stage(chain):
+    (chain / "params" / "hollow").mkdir()
+    with pytest.raises(UserError, match="no stage's file"):
+        stages.load_params(chain, "hollow")

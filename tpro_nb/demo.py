@@ -35,6 +35,7 @@ from .draft_model import check_draft
 from .panes import TokenTexts
 from .playground import PRESETS, playground_command, refuse_taken_port
 from .published import qwen3_tokenizer, vocabulary
+from .shipped_draft import shipped_draft
 from .tokenizer_surgery import dense_tokenizer
 
 # %% ../nbs/15i_demo.ipynb #4ae12e60
@@ -72,10 +73,13 @@ def demo_model() -> Path:
 
 
 def demo_draft(given: str | None) -> Path:
-    "Folder of the draft; `UserError` where there is none."
-    if given is None:
-        raise UserError("no draft is shipped yet: give one with --draft FOLDER")
-    folder = Path(given)
+    "Folder of the draft given, or of the shipped one; `UserError` where there is none."
+    folder = Path(given) if given else shipped_draft()
+    if not given and not folder.is_dir():
+        raise UserError(
+            f"the shipped draft is not in {folder}: install tpro_nb again, or give another draft "
+            "of this model with --draft FOLDER"
+        )
     try:
         check_draft(folder)
     except (KeyError, TypeError, AttributeError) as error:

@@ -7,7 +7,8 @@ __all__ = ['LIMITS_TREE', 'PROBE_KINDS', 'WILL_NOT', 'TO_HELP', 'OTHER_REFUSALS'
            'ProbeOutcome', 'probe_outcome', 'exact_rate', 'probe_rates', 'changed_outcomes', 'ProbeReply', 'ask_probes',
            'responses', 'safety_summary', 'scaling_name', 'draw_by_position', 'token_range', 'within_training',
            'last_bins', 'long_study', 'tau_study', 'safety_study', 'write_rounded', 'rounded_values', 'limits_parser',
-           'LimitResult', 'measure_long', 'measure_tau', 'measure_safety', 'rows_at', 'limits_command']
+           'LimitResult', 'refuse_unreadable', 'texts_under', 'measure_long', 'measure_tau', 'measure_safety',
+           'rows_at', 'limits_command']
 
 # %% ../nbs/14e_limits.ipynb #c10a0003
 import argparse
@@ -33,6 +34,7 @@ from tpro_nb.core import (
     write_json,
     write_jsonl,
 )
+from .draft_model import check_draft
 from .grader import after_think
 from .paper import csv_rows, tables_folder
 from tpro_nb.studies import (
@@ -675,11 +677,49 @@ class LimitResult(NamedTuple):
     conditions: dict
 
 
+def refuse_unreadable(folder: str) -> None:
+    "`UserError` unless configuration, tokenizer and weights of a model's folder can be read."
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoTokenizer
+
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"model {folder}: not a model's folder (it holds no config.json)")
+    try:
+        AutoConfig.from_pretrained(folder)
+        if not AutoTokenizer.from_pretrained(folder).encode("text"):
+            raise ValueError("its tokenizer knows no text")
+        weights = list(Path(folder).glob("*.safetensors"))
+        for file in weights:
+            with safe_open(file, "pt"):
+                pass
+    except Exception as error:  # whatever a library says of a broken file
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"model {folder}: cannot be read ({said[0][:200]}). "
+            "Give a folder with config.json, tokenizer and weights."
+        ) from error
+    if not weights:
+        raise UserError(f"model {folder}: no weights there (*.safetensors)")
+
+
+def texts_under(path: str, key: str) -> list[str]:
+    "What stands under `key` in the rows of a .jsonl file; `UserError` for a row without."
+    texts = []
+    for number, row in enumerate(read_jsonl(path), 1):
+        text = row.get(key) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f"--texts {path}, row {number}: no text under `{key}`")
+        texts.append(text)
+    if not texts:
+        raise UserError(f"--texts {path}: no rows")
+    return texts
+
+
 def measure_long(args: argparse.Namespace, out: Path) -> LimitResult:
     "Bits per byte by position; writes position.csv."
     from tpro_nb.corpora import quotations
 
-    texts = [row["text"] for row in read_jsonl(args.texts)] if args.texts else quotations("heldout")
+    texts = texts_under(args.texts, "text") if args.texts else quotations("heldout")
     rows = long_context(args.model, args.trained, texts, limit=args.limit)
     write_rounded(rows, out / "position.csv")
     own = "held-out quotations of Russian Wiktionary, one document a window"
@@ -696,7 +736,7 @@ def measure_tau(args: argparse.Namespace, out: Path) -> LimitResult:
     "Acceptance length by position, answers of four training lengths; writes tau.csv."
     if not (args.draft and args.texts):
         raise UserError("tau needs --draft, and --texts with prompts")
-    prompts = [row["prompt"] for row in read_jsonl(args.texts)][: args.limit]
+    prompts = texts_under(args.texts, "prompt")[: args.limit]
     new = 4 * args.trained
     events = draft_at_length(args.model, args.draft, prompts, new, LIMITS_TREE, args.temperature)
     rows = tau_by_position(events, args.trained // 2)
@@ -737,6 +777,14 @@ def limits_command(argv: list[str] | None = None) -> int:
     out = Path(args.out)
     if args.what != "safety" and args.trained < 8:
         raise UserError(f"{args.what} needs --trained, the training length in tokens")
+    for name in ("limit", "new"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a folder for the table")
+    refuse_unreadable(args.model)
+    if args.draft:
+        check_draft(args.draft)
     rows, conditions = MEASURE[args.what](args, out)
     asked = dict(what=args.what, model=args.model, draft=args.draft or None)
     write_json(out / f"{args.what}.json", asked | conditions)

@@ -216,6 +216,8 @@ def load_params(root: Path, profile: str) -> dict[str, dict[str, Any]]:
         stages[file.stem] = params
     if errors:
         raise UserError("\n".join(errors))
+    if not stages:
+        raise UserError(f"params/{profile}: no stage's file (*.yaml) is in it")
     if len({params["run_dir"] for params in stages.values()}) > 1:
         raise UserError(f"params/{profile}: stages disagree about run_dir")
     return stages
