@@ -190,6 +190,11 @@ def test_two_processes_train_what_one_does(tmp_path, alone):
     assert one["world"] == 1
     assert two["world"] == 2
     assert two["backend"] == "gloo"
+    for name in ROWS:  # tokenised once and packed once: the other process mapped both
+        (tokens,) = (tmp_path / f"{name}-work").glob("tokens-*")
+        assert (
+            len(list(tokens.glob("data-*.arrow"))) == len(list(tokens.glob("cache-*.arrow"))) == 1
+        )
     for name, of_one, of_two in zip(SHORT, one["runs"], two["runs"]):
         assert len(of_one["log"]) == len(of_two["log"]) == 4
         # AdamW forgives a wrong scale of the gradient, its norm does not

@@ -1,5 +1,6 @@
 "The funnel over shards: the same survivors however it is run, and a run that was killed."
 
+import hashlib
 import json
 import random
 import re
@@ -12,10 +13,11 @@ from pathlib import Path
 import dill
 import pyarrow.parquet as pq
 import pytest
+from corpus_toys import FAST, chat, toy_server
 from datatrove.executor import slurm
 
 from tpro_nb import curate, decontamination, duplicates, filters, funnel, rows, sources, tags
-from tpro_nb.core import UserError
+from tpro_nb.core import UserError, toy
 from tpro_nb.curation import FunnelSettings
 
 EXAM = "Сколько досок нужно на забор в {} метров, если доска шириной 2 дециметра стоит {} рублей?"
@@ -272,3 +274,69 @@ def test_a_repaired_pair_keeps_an_id_of_its_own():
             assert (kept["id"] == row["id"]) == ("@" not in chosen + rejected)
             ids.append(kept["id"])
     assert len(set(ids)) == 6
+
+
+def answered(number: int, body: dict) -> tuple[int, dict, str, float]:
+    "An embedder to which all short sums are one text, and a teacher."
+    if "input" in body:
+        text = "Сложи" if body["input"].startswith("Сложи") else body["input"]
+        digest = hashlib.sha256(text.encode()).digest()
+        vector = [byte - 127.5 for byte in digest]
+        return 200, {}, json.dumps(dict(data=[dict(embedding=vector)])), 0
+    return 200, {}, chat(f"Ответ номер {body['seed']} по существу дела."), 0
+
+
+def test_models_are_asked_shard_by_shard_and_not_again(once, tmp_path):
+    with toy_server() as one, toy_server() as other:
+        one.mood = other.mood = answered
+        names = dict(
+            embedder=one.name,
+            reward=str(toy("08_reward_model/model")),
+            teacher=f"{one.name}, {other.name}",
+        )
+        models = funnel.ModelsAsked(names, best_of=2, endpoint=FAST)
+        asked = asked_of(tmp_path, dump(30), "out", shard_mb=0.004, asked=models)
+        run = funnel.run_pipeline(funnel.funnel_steps(curate.plan_of(asked))[:-1], *where(asked))
+        assert run is None and one.asked and other.asked
+        questions = len(one.asked) + len(other.asked)
+        work = Path(asked.out, "work")
+        for step in ("measure", "keep"):  # as a kill before the shard's end would leave it
+            (work / f"logs/{step}/completions/00000").unlink()
+        (work / "measures/00000.parquet").unlink()
+        (work / "logs/choice/completions/00000").unlink()
+        manifest = curate.curate_files(asked)
+        assert len(one.asked) + len(other.asked) == questions
+    assert manifest["read"] == manifest["kept"] + manifest["dropped"]
+    dropped = dropped_rows(asked.out)
+    by_step = manifest["dropped_by_step"]
+    assert by_step["semantic"] == 3 and by_step["reward_bottom_10"] >= 1
+    kept = kept_rows(asked.out)
+    assert all(row["changed_by"] == ["best of 8"] for row in kept.values())
+    met = {line["met"] for line in dropped if line["step"] == "semantic"}
+    assert met <= {row["came_from"] for row in kept.values()} | {line["id"] for line in dropped}
+
+
+def where(asked: curate.Curation) -> tuple[str, funnel.Machines]:
+    return str(Path(asked.out, "work").resolve()), funnel.Machines()
+
+
+WRONG_MODELS = {
+    "a role that is none": (dict(judge="http://h/v1 m"), "judge: no step"),
+    "a role that is no step here": (dict(translator="http://h/v1 m"), "translator: no step"),
+    "a tagger without rows to learn": (dict(tagger="trained"), "tagger: an endpoint"),
+    "a teacher alone": (dict(teacher="http://h/v1 m"), "teacher needs reward"),
+    "no name": (dict(reward=3), "reward: 3 is no name"),
+}
+
+
+@pytest.mark.parametrize("names, said", WRONG_MODELS.values(), ids=WRONG_MODELS)
+def test_models_are_checked_before_work(names, said):
+    with pytest.raises(UserError, match=said):
+        funnel.ModelsAsked(names)
+
+
+def test_shards_take_turns_with_endpoints():
+    models = funnel.ModelsAsked(dict(tagger="http://a/v1 m, http://b/v1 m", ifd="folder"))
+    asked = [models.of_shard(shard)["tagger"] for shard in range(3)]
+    assert asked == ["http://a/v1 m", "http://b/v1 m", "http://a/v1 m"]
+    assert models.of_shard(1)["ifd"] == "folder"

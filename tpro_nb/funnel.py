@@ -2,17 +2,19 @@
 
 # %% auto #0
 __all__ = ['ROW_SCHEMA', 'OPTIONAL', 'DROPPED_SCHEMA', 'N_BANDS', 'SIGN_SCHEMA', 'PAIR_SCHEMA', 'RowPlace', 'COMPARED_SCHEMA',
-           'VERDICT_SCHEMA', 'EXECUTORS', 'IN_BETWEEN', 'CLEANING_NOTES', 'schema_of', 'row_of_record', 'ShardWriter',
-           'row_shard', 'read_shard', 'write_shard', 'Fate', 'Carried', 'document_of', 'refused_document', 'carried_by',
-           'RowBlock', 'ReadSource', 'ReadShard', 'JudgeRows', 'guard_of', 'leak_step', 'dropped_record', 'WriteRows',
-           'SignRows', 'table_engine', 'files_table', 'SignedRows', 'identity_table', 'near_signatures', 'find_pairs',
-           'fetch_texts', 'exactly_alike', 'compare_pairs', 'settle_pairs', 'ApplyVerdicts', 'Machines', 'Step',
-           'QuietExecutor', 'executor_of', 'finished_tasks', 'progress_shown', 'run_pipeline', 'light_rows',
-           'columns_in_use', 'choosing_steps', 'choose_rows', 'FunnelPlan', 'FilterRows', 'filter_both', 'tag_step',
-           'CountTokens', 'duplicate_steps', 'funnel_steps', 'statistics_of', 'write_dropped_rows', 'check_sum',
-           'kept_files', 'rows_by_source', 'plain_number', 'language_table', 'summarise', 'asked_of', 'begin_run',
-           'sbatch_scripts', 'run_funnel', 'licence_step', 'coarse_step', 'cleaning_steps', 'without_dropped',
-           'cleaned_funnel', 'leak_report']
+           'VERDICT_SCHEMA', 'EXECUTORS', 'ASKED_ROLES', 'MEASURE_SCHEMA', 'IN_BETWEEN', 'CLEANING_NOTES', 'schema_of',
+           'row_of_record', 'ShardWriter', 'row_shard', 'read_shard', 'write_shard', 'Fate', 'Carried', 'document_of',
+           'refused_document', 'carried_by', 'RowBlock', 'ReadSource', 'ReadShard', 'JudgeRows', 'guard_of',
+           'leak_step', 'dropped_record', 'WriteRows', 'SignRows', 'table_engine', 'files_table', 'SignedRows',
+           'identity_table', 'near_signatures', 'find_pairs', 'fetch_texts', 'exactly_alike', 'compare_pairs',
+           'settle_pairs', 'ApplyVerdicts', 'Machines', 'Step', 'QuietExecutor', 'executor_of', 'finished_tasks',
+           'progress_shown', 'run_pipeline', 'ModelsAsked', 'AskModels', 'MeasureRows', 'RowMeasures', 'read_measures',
+           'nearest_out', 'light_rows', 'columns_in_use', 'choosing_steps', 'choose_rows', 'FunnelPlan', 'FilterRows',
+           'filter_both', 'tag_step', 'helpful_step', 'best_step', 'zone_step', 'CountTokens', 'duplicate_steps',
+           'rewriting_blocks', 'funnel_steps', 'statistics_of', 'write_dropped_rows', 'check_sum', 'kept_files',
+           'rows_by_source', 'plain_number', 'language_table', 'summarise', 'asked_of', 'begin_run', 'sbatch_scripts',
+           'run_funnel', 'licence_step', 'coarse_step', 'cleaning_steps', 'without_dropped', 'cleaned_funnel',
+           'leak_report']
 
 # %% ../nbs/05i_funnel.ipynb #e6cc8330
 import contextlib
@@ -24,7 +26,7 @@ import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
@@ -42,15 +44,22 @@ from more_itertools import chunked
 import tpro_nb
 from .core import UserError, read_json, sha256, write_json
 from tpro_nb.curation import (
+    LIMITS,
+    CurationModels,
     Funnel,
     FunnelSettings,
     FunnelStep,
+    answers_directly,
     as_outcome,
     balance_step,
     check_licences,
+    check_models,
+    check_range,
+    curation_models,
     diverse_step,
     drop_coarse,
     on_some,
+    thinks,
 )
 from .decontamination import LeakGuard, Protected, decontaminate
 from tpro_nb.duplicates import (
@@ -58,11 +67,22 @@ from tpro_nb.duplicates import (
     Signatures,
     candidate_pairs,
     difference,
+    first_open,
     likeness,
     row_identity,
     row_signatures,
+    sem_dedup,
 )
 from .filters import Filtered, FilterSettings, filter_row
+from tpro_nb.model_steps import (
+    Scorer,
+    Writer,
+    Zone,
+    best_of_n,
+    ifd_filter,
+    lowest_by_source,
+    zpd_select,
+)
 from tpro_nb.rows import (
     Met,
     Outcome,
@@ -71,12 +91,13 @@ from tpro_nb.rows import (
     Turn,
     hash_order,
     is_open,
+    prompt_and_reply,
     row_id,
     row_text,
     with_fields,
 )
 from .sources import SHAPES, NumberedRow, Piece, Reading, read_foreign, read_piece
-from .tags import language_step, rule_tags, tag_rows
+from .tags import language_step, tag_rows
 from .tmath import Broken
 
 # %% ../nbs/05i_funnel.ipynb #9d59fb9d
@@ -282,11 +303,15 @@ class JudgeRows(RowBlock):
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         "The stream, rows that the step did not give back with their fate."
-        self.step = self.make()
+        self.step = self.step_of(rank)
         try:
             yield from super().run(data, rank, world_size)
         finally:
             del self.step
+
+    def step_of(self, rank: int) -> FunnelStep:
+        "The step, made for a task."
+        return self.make()
 
     def judge(self, documents: list[Document]) -> None:
         "Ask the step about these rows."
@@ -294,6 +319,7 @@ class JudgeRows(RowBlock):
         given = {id(row) for row in rows}
         outcome = as_outcome(self.step(rows))
         stay = {id(row) for row in outcome.rows}
+        aside = {line["id"]: line["reason"] for line in outcome.rejected}
         changed = {row.get("came_from", ""): row for row in outcome.rows}
         changed |= {row["id"]: row for row in outcome.rows if id(row) not in given}
         for document, row in zip(documents, rows):
@@ -302,7 +328,7 @@ class JudgeRows(RowBlock):
             if row["id"] in changed:
                 carried_by(document).row = changed[row["id"]]
                 continue
-            saw = outcome.seen.get(row["id"]) or self.note or self.name
+            saw = aside.get(row["id"]) or outcome.seen.get(row["id"]) or self.note or self.name
             met = saw.id if isinstance(saw, Met) else ""
             carried_by(document).fate = Fate(self.name, str(saw), met)
 
@@ -776,6 +802,146 @@ def run_pipeline(
     with bar, contextlib.redirect_stderr(_NOWHERE):
         cast(Any, last).run()
 
+# %% ../nbs/05i_funnel.ipynb #b3e5e928
+ASKED_ROLES = ("tagger", "embedder", "ifd", "reward", "teacher", "student")
+
+
+@dataclass(frozen=True)
+class ModelsAsked:
+    "Which models a run over shards asks, and how."
+
+    names: dict[str, str] = field(
+        default_factory=dict
+    )  # role → name; endpoints with commas between
+    best_of: int = 8  # answers a prompt
+    endpoint: dict[str, float] = field(default_factory=dict)  # settings of every endpoint
+
+    def __post_init__(self) -> None:
+        for role, name in self.names.items():
+            if not isinstance(name, str):
+                raise UserError(f"models: {role}: {name!r} is no name")
+        if other := sorted(set(self.names) - set(ASKED_ROLES)):
+            raise UserError(
+                f"models: {', '.join(other)}: no step over shards; known: {', '.join(ASKED_ROLES)}"
+            )
+        if self.names.get("tagger") == "trained":
+            raise UserError("models: tagger: an endpoint, or rules: nothing here to train one on")
+        check_range("best_of", self.best_of, *LIMITS["counts"]["best_of"])
+        check_models(self.of_shard(0), self.endpoint)
+
+    def of_shard(self, shard: int) -> dict[str, str]:
+        "Role → the name that a shard asks."
+        several = {role: names.split(",") for role, names in self.names.items()}
+        return {role: names[shard % len(names)].strip() for role, names in several.items()}
+
+    def models(self, work: str, shard: int) -> CurationModels:
+        "The functions behind the names, for a shard; their answers are kept under `work`."
+        kept = Path(work) / "asked" / f"{shard:05}"
+        return curation_models(kept, self.of_shard(shard), self.best_of, self.endpoint)
+
+
+class AskModels(JudgeRows):
+    "A step that asks models, as a block."
+
+    def __init__(
+        self, step: str, make: Callable[[CurationModels], FunnelStep], asked: ModelsAsked, work: str
+    ):
+        super().__init__(step, partial(make, CurationModels()))
+        self.make_with = make
+        self.asked = asked
+        self.work = work
+
+    def step_of(self, rank: int) -> FunnelStep:
+        "The step, with the models that this shard asks."
+        return self.make_with(self.asked.models(self.work, rank))
+
+# %% ../nbs/05i_funnel.ipynb #9f18ebd8
+MEASURE_SCHEMA = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("place", pa.int32()),
+        ("id", pa.string()),
+        ("reward", pa.float64()),
+        ("vector", pa.list_(pa.float32())),  # of length 1
+    ]
+)
+
+
+class MeasureRows(RowBlock):
+    "Rewards and vectors of the open rows, in a table of ids."
+
+    name = "measure"
+
+    def __init__(self, asked: ModelsAsked, work: str):
+        super().__init__()
+        self.asked = asked
+        self.work = work
+
+    def run(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        "The stream unchanged; the table is there when it has ended."
+        self.rank, self.place = rank, 0
+        self.models = self.asked.models(self.work, rank)
+        self.writer = ShardWriter(row_shard(f"{self.work}/measures", rank), MEASURE_SCHEMA)
+        yield from super().run(data, rank, world_size)
+        self.writer.close()
+        del self.writer, self.models
+
+    def judge(self, documents: list[Document]) -> None:
+        "Measure these rows."
+        rows = [cast(Row, carried_by(document).row) for document in documents]
+        places = range(self.place, self.place + len(rows))
+        self.place += len(rows)
+        here = [(place, row) for place, row in zip(places, rows) if is_open(row)]
+        lines = [dict(shard=self.rank, place=place, id=row["id"]) for place, row in here]
+        asked = [row for _, row in here]
+        if self.models.score and asked:
+            rewards = self.models.score(list(map(prompt_and_reply, asked)))
+            lines = [line | dict(reward=reward) for line, reward in zip(lines, rewards)]
+        if self.models.embed and asked:
+            vectors = self.models.embed(list(map(row_text, asked)))
+            lines = [line | dict(vector=vector) for line, vector in zip(lines, vectors)]
+        for line in lines:
+            self.writer.add(line)
+
+
+@dataclass
+class RowMeasures:
+    "What the choice knows of rows beside their tags and lengths."
+
+    rewards: dict[str, float]  # id → reward; empty where nobody scored
+    vectors: np.ndarray | None  # (n, d); None where nobody embedded
+    places: dict[RowPlace, int]  # shard and place → line of the vectors
+
+
+def read_measures(work: str) -> RowMeasures:
+    "The tables of `MeasureRows`."
+    rewards: dict[str, float] = {}
+    places: dict[RowPlace, int] = {}
+    vectors: list[np.ndarray] = []
+    for file in sorted(Path(f"{work}/measures").glob("*.parquet")):
+        for batch in pq.ParquetFile(file).iter_batches(10_000):
+            names = zip(batch["shard"].to_pylist(), batch["place"].to_pylist())
+            places |= {name: len(places) + line for line, name in enumerate(names)}
+            if not batch["reward"].null_count:
+                rewards |= dict(zip(batch["id"].to_pylist(), batch["reward"].to_pylist()))
+            if not batch["vector"].null_count:
+                values = batch["vector"].flatten().to_numpy()
+                vectors.append(values.reshape(len(batch), -1))
+    return RowMeasures(rewards, np.concatenate(vectors) if vectors else None, places)
+
+
+def nearest_out(rows: list[Row], measured: RowMeasures, settings: FunnelSettings) -> Outcome:
+    "Rows without those that say the same in other words, by their vectors."
+    examined = cast(list[dict], first_open(rows, settings.semantic_rows))
+    lines = [measured.places[row["shard"], row["place"]] for row in examined]
+    drop = sem_dedup(cast(np.ndarray, measured.vectors)[lines], settings.semantic_cosine)
+    seen: dict[str, str] = {}
+    for place, (nearest, cosine) in drop.items():
+        met = examined[nearest]["id"]
+        seen[examined[place]["id"]] = Met(f"cosine {cosine:.3f} with {met}", met)
+    gone = {id(examined[place]) for place in drop}
+    return Outcome([row for row in rows if id(row) not in gone], seen)
+
 # %% ../nbs/05i_funnel.ipynb #1208eb02
 def light_rows(work: str, folder: str) -> list[dict]:
     "Of every row of a folder of shards: where it lies, and what a choice looks at."
@@ -783,7 +949,7 @@ def light_rows(work: str, folder: str) -> list[dict]:
     table = files_table(f"{folder}/*.parquet", options=", filename=true, file_row_number=true")
     found = engine.execute(
         f"""SELECT CAST(regexp_extract(filename, '(\\d+)\\.parquet', 1) AS INT) AS shard,
-        CAST(file_row_number AS INT) AS place, id, lang, domain, tier, tags, answer,
+        CAST(file_row_number AS INT) AS place, id, source, lang, domain, tier, tags, answer,
         list_sum(list_transform(messages, lambda turn: length(turn.content)))
             + len(messages) - 1 AS chars
         FROM {table}"""
@@ -805,13 +971,18 @@ def columns_in_use(work: str, folder: str) -> list[str]:
     return [name for name in [*ROW_SCHEMA.names, *tests] if name not in empty]
 
 
-def choosing_steps(settings: FunnelSettings) -> dict[str, FunnelStep]:
-    "Name → step, of those choices that the settings ask for."
+def choosing_steps(settings: FunnelSettings, measured: RowMeasures) -> dict[str, FunnelStep]:
+    "Name → step, of those choices that the settings and the measures ask for."
     steps: dict[str, FunnelStep] = {}
+    if measured.vectors is not None:
+        steps["semantic"] = partial(nearest_out, measured=measured, settings=settings)
     if settings.diverse_share < 1:
         steps["diversity"] = on_some(is_open, partial(diverse_step, share=settings.diverse_share))
     if settings.balance_share < 1:
         steps["balance"] = on_some(is_open, partial(balance_step, share=settings.balance_share))
+    if measured.rewards:
+        lowest = partial(lowest_by_source, rewards=measured.rewards)
+        steps["reward_bottom_10"] = on_some(is_open, lowest)
     if settings.english_pct < 100:
         steps["language"] = partial(language_step, pct=settings.english_pct)
     return steps
@@ -822,7 +993,7 @@ def choose_rows(
 ) -> tuple:
     "One task: which rows go for the sake of the whole set, as verdicts."
     write_json(f"{work}/columns.json", columns_in_use(work, rows))
-    steps = choosing_steps(settings)
+    steps = choosing_steps(settings, read_measures(work))
     light = sorted(light_rows(work, rows), key=hash_order) if steps else []
     writer = ShardWriter(row_shard(f"{work}/choice", 0), VERDICT_SCHEMA)
     for step, run in steps.items():
@@ -830,9 +1001,10 @@ def choose_rows(
         stay = {id(row) for row in outcome.rows}
         for row in light:
             if id(row) not in stay:
-                reason = outcome.seen.get(row["id"], step)
+                saw = outcome.seen.get(row["id"], step)
+                met = saw.id if isinstance(saw, Met) else ""
                 where = dict(shard=row["shard"], place=row["place"])
-                writer.add(where | dict(step=step, reason=reason, met=""))
+                writer.add(where | dict(step=step, reason=str(saw), met=met))
         light = [row for row in light if id(row) in stay]
     writer.close()
     return ()
@@ -849,6 +1021,7 @@ class FunnelPlan:
     protect: str  # a json file of protected items
     out: str  # the run's folder
     tokenizer: str = ""  # a tokenizer.json that counts tokens; "": none are counted
+    asked: ModelsAsked = field(default_factory=ModelsAsked)
 
     @property
     def work(self) -> str:
@@ -895,9 +1068,27 @@ def filter_both(row: Row, settings: FilterSettings) -> Filtered:
     return filtered._replace(row=with_fields(kept, rejected=rejected, id=id, came_from=row["id"]))
 
 
-def tag_step() -> FunnelStep:
-    "Tags by rules, as a step."
-    return partial(tag_rows, tagger=rule_tags)
+def tag_step(models: CurationModels) -> FunnelStep:
+    "Tags, as a step."
+    return partial(tag_rows, tagger=models.tagger)
+
+
+def helpful_step(models: CurationModels) -> FunnelStep:
+    "`ifd_filter` as a step."
+    return partial(ifd_filter, value=cast(Scorer, models.ifd))
+
+
+def best_step(models: CurationModels) -> FunnelStep:
+    "`best_of_n` on rows that answer directly, as a step."
+    write, score = cast(Writer, models.teach), cast(Scorer, models.score)
+    return on_some(answers_directly, partial(best_of_n, write=write, score=score))
+
+
+def zone_step(models: CurationModels, zone: Zone) -> FunnelStep:
+    "`zpd_select` on rows that think, as a step."
+    teach, study = cast(Writer, models.teach), cast(Writer, models.study)
+    score = cast(Scorer, models.score)
+    return on_some(thinks, partial(zpd_select, teach=teach, study=study, score=score, zone=zone))
 
 
 class CountTokens(RowBlock):
@@ -919,11 +1110,11 @@ class CountTokens(RowBlock):
 
     def judge(self, documents: list[Document]) -> None:
         "Count characters, and tokens where there is a tokenizer."
-        texts = [document.text for document in documents]
+        texts = [row_text(cast(Row, carried_by(document).row)) for document in documents]
         encoded = self.tokenizer.encode_batch(texts) if self.tokenizer else []
         for place, document in enumerate(documents):
             row = cast(Row, carried_by(document).row)
-            row_count = Counter(rows=1, characters=len(document.text))
+            row_count = Counter(rows=1, characters=len(texts[place]))
             if self.tokenizer:
                 row_count["tokens"] = len(encoded[place].ids)
             for unit, count in row_count.items():
@@ -941,11 +1132,33 @@ def duplicate_steps(work: str, shards: int, threshold: float) -> list[Step]:
     ]
 
 
+def rewriting_blocks(plan: FunnelPlan) -> list[PipelineStep]:
+    "What is asked about the rows that were chosen; then leaks in what models wrote."
+    asked, work = plan.asked, plan.work
+    blocks: list[PipelineStep] = []
+    if "ifd" in asked.names:
+        blocks.append(AskModels("ifd", helpful_step, asked, work))
+    if "teacher" in asked.names:
+        blocks.append(AskModels("best_of", best_step, asked, work))
+        if "student" in asked.names:
+            in_zone = partial(zone_step, zone=plan.settings.zone)
+            blocks.append(AskModels("zpd", in_zone, asked, work))
+        blocks.append(JudgeRows("decontaminate_again", partial(leak_step, plan.protect)))
+    return blocks
+
+
 def funnel_steps(plan: FunnelPlan) -> list[Step]:
     "The whole run as steps for an executor."
     work, shards = plan.work, len(plan.pieces)
     read, clean, kept = f"{work}/read", f"{work}/clean", f"{work}/kept"
-    tags = [JudgeRows("tags", tag_step)] if plan.settings.diverse_share < 1 else []
+    asked, named = plan.asked, plan.asked.names
+    tags = []
+    if plan.settings.diverse_share < 1 or "tagger" in named:
+        tags = [AskModels("tags", tag_step, asked, work)]
+    measure = []
+    if named.keys() & {"reward", "embedder"}:
+        blocks = [ReadShard(f"{clean}/rows"), MeasureRows(asked, work)]
+        measure = [Step("measure", shards, blocks)]
     choose = partial(choose_rows, work=work, rows=f"{clean}/rows", settings=plan.settings)
     return [
         Step(
@@ -970,6 +1183,7 @@ def funnel_steps(plan: FunnelPlan) -> list[Step]:
                 WriteRows(clean),
             ],
         ),
+        *measure,
         Step("choice", 1, [choose]),
         Step(
             "keep",
@@ -977,8 +1191,9 @@ def funnel_steps(plan: FunnelPlan) -> list[Step]:
             [
                 ReadShard(f"{clean}/rows"),
                 ApplyVerdicts(f"{work}/choice"),
+                *rewriting_blocks(plan),
                 CountTokens(plan.tokenizer),
-                WriteRows(kept, columns=f"{work}/columns.json"),
+                WriteRows(kept, "" if "teacher" in named else f"{work}/columns.json"),
             ],
         ),
         Step("summary", 1, [partial(summarise, plan=plan)]),
@@ -1073,7 +1288,7 @@ def language_table(counted: Counter[str]) -> dict[str, dict[str, int]]:
     return languages
 
 
-IN_BETWEEN = "read clean kept signs pairs compared verdicts choice spill".split()
+IN_BETWEEN = "read clean kept signs pairs compared verdicts measures choice spill".split()
 
 
 def summarise(data=None, rank: int = 0, world_size: int = 1, *, plan: FunnelPlan) -> tuple:
@@ -1119,6 +1334,7 @@ def asked_of(plan: FunnelPlan) -> dict:
         filters=asdict(plan.filters),
         protected=sha256(plan.protect),
         tokenizer=plan.tokenizer,
+        models=asdict(plan.asked),
         version=tpro_nb.__version__,
     )
 

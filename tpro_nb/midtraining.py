@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['prompt_ids', 'answer_text', 'turn_ids', 'check_think', 'table11_place', 'paper_mix', 'MidtrainingData',
-           'midtraining_dataset', 'LanguageBits', 'snippets', 'language_bits', 'MidtrainingSettings',
-           'midtraining_args', 'save_trained', 'train_midtraining']
+           'midtraining_dataset', 'mapped_midtraining', 'tokenise_midtraining', 'LanguageBits', 'snippets',
+           'language_bits', 'MidtrainingSettings', 'midtraining_args', 'save_trained', 'train_midtraining']
 
 # %% ../nbs/06_midtraining.ipynb #8087fb9c
 import csv
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 import tpro_nb
 from .base_model import text_bits
@@ -36,9 +36,11 @@ from tpro_nb.training import (
     gather_model,
     last_checkpoint,
     load_model,
+    mapped_dataset,
     merge_and_save,
     new_rows,
     sft_trainer,
+    tokens_folder,
     trainable,
     trainer_args,
     trainer_fields,
@@ -163,6 +165,28 @@ def midtraining_dataset(
         left_out=1 - len(fitting) / len(conversations),
         mix=mix,
     )
+
+# %% ../nbs/06_midtraining.ipynb #563243c7
+def mapped_midtraining(model_dir, rows_path, work, context: int, seed: int) -> MidtrainingData:
+    "`midtraining_dataset` of a file's rows, in an order by `seed`; mapped from a folder in `work`."
+
+    def make() -> tuple[Any, dict]:
+        tok = AutoTokenizer.from_pretrained(str(model_dir))
+        check_think(tok, model_dir)
+        rows = read_jsonl(rows_path)
+        random.Random(seed).shuffle(rows)
+        made = midtraining_dataset(tok, rows, context)
+        return made.dataset, dict(left_out=made.left_out, mix=made.mix)
+
+    folder = tokens_folder(work, model_dir, rows_path, use="mid", context=context, seed=seed)
+    dataset, told = mapped_dataset(folder, make)
+    mix = {kind: Counter(tokens) for kind, tokens in told["mix"].items()}
+    return MidtrainingData(dataset, told["left_out"], mix)
+
+
+def tokenise_midtraining(model_dir, rows_path, work, context: int, seed: int) -> dict:
+    "`mapped_midtraining` for a process of its own, before many train; how many rows it has."
+    return dict(rows=len(mapped_midtraining(model_dir, rows_path, work, context, seed).dataset))
 
 # %% ../nbs/06_midtraining.ipynb #3ad0c6b2
 class LanguageBits(TrainerCallback):
@@ -303,9 +327,7 @@ def train_midtraining(
     args = midtraining_args(folder, settings)
     model, tok = load_model(model_dir, torch.bfloat16 if settings.rank else torch.float32)
     check_think(tok, model_dir)
-    rows = read_jsonl(rows_path)
-    random.Random(settings.seed).shuffle(rows)
-    data = midtraining_dataset(tok, rows, settings.context)
+    data = mapped_midtraining(model_dir, rows_path, work, settings.context, settings.seed)
     trainer = sft_trainer()(
         model=trainable(model, new_rows(model_dir), settings.rank),
         args=args,

@@ -4,7 +4,8 @@
 __all__ = ['Translator', 'Scorer', 'Writer', 'DEFAULT_ZONE', 'rewritten', 'first_unanswered', 'read_translation', 'is_think_tag',
            'translate_part', 'translate_text', 'translator', 'surplus_english', 'translate_surplus', 'answer_losses',
            'model_identity', 'ifd_values', 'ifd_job', 'launched_ifd', 'ifd_filter', 'scorer', 'reward_bottom',
-           'sampled_reply', 'writer', 'best_of_n', 'choose_target', 'Zone', 'zpd_reason', 'zpd_select']
+           'lowest_by_source', 'sampled_reply', 'writer', 'best_of_n', 'choose_target', 'Zone', 'zpd_reason',
+           'zpd_select']
 
 # %% ../nbs/05g_model_steps.ipynb #fa45006a
 import re
@@ -293,6 +294,11 @@ def scorer(name: str, kept: Kept, block: int = 8, max_tokens: int = 2048) -> Sco
 def reward_bottom(rows: list[Row], score: Scorer, share: float = 0.1) -> Outcome:
     "Rows without the lowest `share` by reward within each source."
     rewards = dict(zip((row["id"] for row in rows), score(list(map(prompt_and_reply, rows)))))
+    return lowest_by_source(rows, rewards, share)
+
+
+def lowest_by_source(rows: list[Row], rewards: dict[str, float], share: float = 0.1) -> Outcome:
+    "Rows without the lowest `share` within each source, by the rewards of their ids."
     by_source = defaultdict(list)
     for row in rows:
         by_source[row["source"]].append(row["id"])

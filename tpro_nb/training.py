@@ -6,7 +6,7 @@ __all__ = ['OPTIMISER_FILES', 'check_sizes', 'device', 'load_model', 'vocab_matr
            'module_name', 'lora_config', 'trainable', 'save_model_folder', 'stored_rows', 'changed_rows',
            'merge_and_save', 'gather_model', 'TrainerSettings', 'trainer_fields', 'trainer_args', 'Watch', 'LossBar',
            'fp32_sums', 'labelled_positions', 'sft_trainer', 'whole_checkpoint', 'checkpoint_step', 'last_checkpoint',
-           'work_key', 'fit_folder', 'check_finite', 'fit']
+           'work_key', 'fit_folder', 'tokens_folder', 'mapped_dataset', 'check_finite', 'fit']
 
 # %% ../nbs/03a_training.ipynb #8b9be226
 import hashlib
@@ -470,6 +470,31 @@ def fit_folder(work, config, *inputs: Path) -> Path:
     "Where a training of these parameters, inputs and number of processes keeps its checkpoints."
     processes = int(os.environ.get("WORLD_SIZE", 1))
     return Path(work) / f"fit-{work_key(config, processes, *inputs)}"
+
+# %% ../nbs/03a_training.ipynb #5d3063d1
+def tokens_folder(work, model_dir, rows_path, **how) -> Path:
+    "Where the tokens of a file of rows by a model folder's tokenizer are kept."
+    inputs = Path(model_dir) / "tokenizer.json", Path(rows_path)
+    return Path(work) / f"tokens-{work_key(how, *inputs)}"
+
+
+def mapped_dataset(
+    folder: Path,
+    make: Callable[[], tuple[Any, dict]],  # the dataset, and what is to be known of it (json)
+) -> tuple[Any, dict]:  # the same, the dataset mapped from the folder
+    "A `datasets.Dataset` that the first process makes, once, and all map into their memory."
+    from accelerate import PartialState
+    from datasets import load_from_disk
+
+    with PartialState().main_process_first():
+        if not folder.exists():
+            dataset, told = make()
+            part = folder.with_name(f".{folder.name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            dataset.save_to_disk(part)
+            write_json(part / "told.json", told)
+            part.rename(folder)
+    return load_from_disk(folder), read_json(folder / "told.json")
 
 # %% ../nbs/03a_training.ipynb #53ebde80
 def check_finite(model) -> None:
