@@ -1,6 +1,6 @@
 """The whole chain at toy scale through the real runner.
 
-And every chapter opened alone, and the library as a stranger installs it.
+And the library as a stranger installs it.
 """
 
 import json
@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import papermill
 import pytest
 from conftest import ROOT
 
@@ -91,18 +90,6 @@ def test_bare_papermill_with_a_parameter_file(smoke, tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert (tmp_path / "run/04b_tmath/metrics.json").exists()
-
-
-@pytest.mark.parametrize("stage", stages.stage_names(ROOT))
-def test_chapter_opened_alone_runs_all(stage, tmp_path):
-    "What a reader does in a clean clone: open, run all cells, the stage section too, on toys."
-    papermill.execute_notebook(
-        str(stages.notebook_of(ROOT, stage)),
-        str(tmp_path / "o.ipynb"),
-        kernel_name="python3",
-        cwd=str(ROOT / "nbs"),
-        progress_bar=False,
-    )
 
 
 BEFORE_THE_README = """
