@@ -4,7 +4,8 @@
 __all__ = ['SMALL_WORDS', 'OWN_TEMPLATE', 'CARD_TEXT', 'shipped_draft', 'shipped_card', 'new_topics', 'templated_prompts',
            'users_turn', 'asked_by_target', 'heldout_topics', 'development_prompts', 'telling_words', 'apart_from',
            'long_prompts', 'in_own_form', 'fair_plan', 'write_form', 'write_both_forms', 'gathered', 'with_taps',
-           'Trained', 'chain_yield', 'timed_training', 'try_kinds', 'compare_drafts', 'markdown_table', 'write_shipped']
+           'Trained', 'chain_yield', 'timed_training', 'try_kinds', 'compare_drafts', 'FixedText', 'count_guesses',
+           'markdown_table', 'write_shipped']
 
 # %% ../nbs/11d_shipped_draft.ipynb #00001d86
 import random
@@ -40,6 +41,7 @@ from tpro_nb.target_text import (
     PlannedAnswer,
     ShardSettings,
     TargetPrompt,
+    TextRow,
     domain_topics,
     fill_template,
     general_prompts,
@@ -444,6 +446,37 @@ def compare_drafts(
             table.append(line)
     return table
 
+# %% ../nbs/11d_shipped_draft.ipynb #43d4a3bf
+class FixedText(TypedDict):
+    "An answer of the target, to count guesses on."
+
+    ids: list[int]  # the prompt and the answer
+    start: int  # where the answer begins
+
+
+def count_guesses(
+    target: str,  # folder or hub id
+    draft: Path | str,
+    texts: Sequence[FixedText],
+    depth: int = 4,  # guesses in a chain
+) -> dict[str, list[int]]:  # by depth: `tries` and `hits`, over all texts
+    "Greedy chains from every place of the answers, in fp32: how many guesses were tried and right."
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    trained = EagleDraft.load(draft)
+    plain = []
+    for n, text in enumerate(texts):
+        ids = torch.tensor(text["ids"])
+        plain.append(TextRow(row=n, ids=ids, feats=None, start=text["start"]))
+    rows = with_features(model, plain, tapped_layers(trained.kind, model.config))
+    emb, head = target_matrices(model)
+    done = heldout(trained, rows, emb, head, depth)["rows"]
+    counts: dict[str, list[int]] = {}
+    counts["tries"] = [sum(row["tries"][d] for row in done) for d in range(depth)]
+    counts["hits"] = [sum(row["hits"][d] for row in done) for d in range(depth)]
+    return counts
+
 # %% ../nbs/11d_shipped_draft.ipynb #903601e3
 CARD_TEXT = """---
 license: apache-2.0
@@ -457,8 +490,9 @@ tags: [speculative-decoding, {kind}]
 
 One decoder layer ({parameters_m:.1f} million weights, bf16) that guesses what its target says next;
 embedding and output matrix are the target's. It proposes {hot_tokens:,} of the target's tokens. The
-names and shapes are those that SGLang reads. The target is {target}; licence Apache-2.0, as its
-target.
+names and shapes are those that SGLang reads. The target is
+{target}; licence
+Apache-2.0, as its target's.
 
     from tpro_nb.decoder import Decoder
     from tpro_nb.shipped_draft import shipped_draft
@@ -472,7 +506,7 @@ On {answers} greedy answers to prompts of topics it was not trained on (chapter 
 mean yield of a chain of {depth} guesses, in tokens):
 
 {table}
-
+{decoded}
 `card.json` holds the same as numbers. sha256 of `model.safetensors`: `{sha256}`
 """
 
@@ -493,8 +527,9 @@ def markdown_table(rows: list[dict]) -> str:
 
 def write_shipped(
     draft: Path | str,  # folder of the trained draft
-    card: dict,  # what, target, made (name → value), heldout (rows of `compare_drafts`)
+    card: dict,  # what, target, made (name → value), heldout (rows of `compare_drafts`), check
     to: Path | str,
+    decoded: str = "",  # what chapter 14c measured, as Markdown
 ) -> Path:  # `to`
     "The draft in bf16 with card.json and README.md."
     to = Path(to)
@@ -511,6 +546,7 @@ def write_shipped(
         **whole,
         rows="\n".join(f"| {name} | {value} |" for name, value in whole["made"].items()),
         table=markdown_table(whole["heldout"]),
+        decoded=f"\n{decoded}\n" if decoded else "",
         answers=max(row["answers"] for row in whole["heldout"]),
         depth=sum(name.startswith("right_") for name in whole["heldout"][0]),
     )
