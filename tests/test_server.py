@@ -336,7 +336,9 @@ def test_a_page_elsewhere_cannot_post(url):
     response = httpx.post(f"{url}/v1/chat/completions", content=json.dumps(body()), headers=plain)
     assert response.status_code == 400
     # nor reach it under a name of its own
-    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "10.0.0.1", ""):
+    strange = ("127.0.0.1:8000@evil.example", "[::1].evil.example", "localhost:evil", "evil@[::1]")
+    plain_names = ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "10.0.0.1", "")
+    for host in plain_names + strange:
         renamed = httpx.get(f"{url}/v1/models", headers={"host": host})
         assert renamed.status_code == 400
         assert "Host" in renamed.json()["error"]["message"]
@@ -924,6 +926,25 @@ def test_a_failing_decoder_takes_down_one_request_only(folders, monkeypatch):
 def test_no_memory_for_the_cache_is_said_at_the_start(folders):
     with pytest.raises(UserError, match="GB are free: lower --slots, --keep or --context"):
         service(folders, slots=10**7)
+
+
+def test_what_the_head_says_of_a_body(url):
+    address = f"{url}/v1/chat/completions"
+    content = json.dumps(body()).encode()
+    typed = {"content-type": "application/json"}
+    for packed in ("gzip", "br", "GZIP", "deflate, gzip"):
+        told = httpx.post(address, content=content, headers=typed | {"content-encoding": packed})
+        assert told.status_code == 415
+        assert packed.lower() in told.json()["error"]["message"]
+    for plain in ("identity", ""):
+        told = httpx.post(address, content=content, headers=typed | {"content-encoding": plain})
+        assert told.status_code == 200
+    with connect(url) as sock:  # nothing of it comes
+        sock.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Length: 99999999999\r\n\r\n"
+        )
+        assert b" 413 " in rest_of(sock).split(b"\r\n")[0]
 
 
 def test_slow_upload_and_lying_length(folders, monkeypatch):

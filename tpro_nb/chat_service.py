@@ -768,10 +768,11 @@ class Service:
         many = len(prompt.ids)
         room = self.dec.context - (tree[2] + 1 if tree else 1) - many
         if room < 1:
+            its = "with its tools " if prompt.functions else ""
             raise Refused(
                 400,
-                f"the prompt has {many} tokens and the context holds {self.dec.context}; "
-                "shorten the prompt",
+                f"the prompt {its}has {many} tokens and the context holds {self.dec.context}; "
+                "shorten the prompt, or serve with a larger --context",
             )
         chat = isinstance(request, ChatRequest)
         want = request.max_tokens

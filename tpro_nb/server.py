@@ -9,6 +9,7 @@ __all__ = ['HOST_HEADER', 'COUNTED', 'LAST_SECONDS', 'host_of', 'is_loopback', '
 # %% ../nbs/15c_server.ipynb #e2017422
 import argparse
 import asyncio
+import gc
 import hmac
 import ipaddress
 import json
@@ -655,6 +656,8 @@ def serve(args: argparse.Namespace) -> None:
         flush=True,
     )
     print(serving_line(service), flush=True)
+    gc.collect()
+    gc.freeze()  # what stays for ever is not looked through again while streams wait for it
     try:
         hosts = [host_of(shown_host)] if is_loopback(address) else None
         uvicorn_server(service, key, hosts).run(sockets=[sock])
