@@ -268,6 +268,8 @@ REFUSED = [
     (dict(text="empty.txt"), "no words to choose on"),
     (dict(frequencies="words.tsv"), "line 2"),
     (dict(frequencies="negative.tsv"), "line 1"),
+    (dict(frequencies="not_a_number.tsv"), "line 1"),
+    (dict(text=None, frequencies="zero.tsv"), "no words to choose on"),
     (dict(base="unigram"), "'Unigram'"),
     (dict(base="no_merges"), "no merges"),
     (dict(base="pickled"), "pickle"),
@@ -293,6 +295,8 @@ def test_what_cannot_be_done_is_refused_before_work(
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "words.tsv").write_text("кот 5\nпёс\n", encoding="utf-8")
     (tmp_path / "negative.tsv").write_text("кот -5\n", encoding="utf-8")
+    (tmp_path / "not_a_number.tsv").write_text("кот nan\n", encoding="utf-8")
+    (tmp_path / "zero.tsv").write_text("кот 0\nпёс -0.0\n", encoding="utf-8")
     asked = dict(base=bases["qwen"], text="mine.txt", out="out") | GOOD | change
     if asked["base"] in SPOILT:
         shutil.copytree(bases["qwen"], tmp_path / "b")

@@ -1,5 +1,6 @@
 "Chapter 13b: a model folder as GGUF, read back by transformers; what llama.cpp could not read."
 
+import errno
 import json
 import shutil
 
@@ -134,3 +135,51 @@ def test_what_cannot_be_exported(tmp_path, folders, capsys, change, says):
     assert end.value.code == 2
     assert says in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def out_of_space(*given):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def broken_config(folder):
+    (folder / "config.json").write_text("{oops")
+
+
+def foreign_words(folder):
+    path = folder / "tokenizer.json"
+    tok_json = json.loads(path.read_text()) | dict(pre_tokenizer=dict(type="Whitespace"))
+    path.write_text(json.dumps(tok_json))
+
+
+PLACES = {  # what is done to a copy of the toy, where to write, and what is said; None: it works
+    "a new folder": (None, "new/deep/m.gguf", None),
+    "over an older file": (None, "old.gguf", None),
+    "a name without an ending": (None, "model", None),
+    "letters of another script": (None, "модель.gguf", None),
+    "beside the weights": (None, "model/m.gguf", None),
+    "a folder": (None, "model", "is a folder"),
+    "under a file": (None, "old.gguf/m.gguf", "Name another place"),
+    "a broken config": (broken_config, "m.gguf", "copied whole"),
+    "another cut of words": (foreign_words, "m.gguf", "cut text otherwise"),
+    "a full disk": ("full", "m.gguf", "No space left"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_where_and_from_what(tmp_path, folders, monkeypatch, name):
+    spoil, where, says = PLACES[name]
+    folder = tmp_path / ("model" if where != "model" or says else "other")
+    shutil.copytree(folders["qwen"], folder)
+    (tmp_path / "old.gguf").write_text("older")
+    if spoil == "full":
+        monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", out_of_space)
+    elif spoil:
+        spoil(folder)
+    before = sorted(tmp_path.rglob("*"))
+    if says is None:
+        path = export_to_gguf(folder, tmp_path / where)
+        assert path.read_bytes()[:4] == b"GGUF"
+        return
+    with pytest.raises(UserError, match=says):
+        export_to_gguf(folder, tmp_path / where)
+    assert sorted(tmp_path.rglob("*")) == before

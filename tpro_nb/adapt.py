@@ -204,9 +204,9 @@ def read_own_words(settings: AdaptSettings) -> OwnWords:
     lines = list(chain.from_iterable(text_lines(Path(path)) for path in settings.texts))
     listed = read_frequencies(Path(settings.frequencies)) if settings.frequencies else []
     given = ", ".join([*settings.texts[:2], *filter(None, [settings.frequencies])])
-    if not lines and not listed:
+    if not lines and not any(frequency > 0 for _, frequency in listed):
         raise UserError(
-            f"{given or 'no file'}: no words to choose on. Give --text or --frequencies"
+            f"{given or 'no file'}: no words to choose on. Give --text, or --frequencies above 0"
         )
     share = share_of_letters(lines + [word for word, _ in listed], settings.letters)
     if share < 0.5:

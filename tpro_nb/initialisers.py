@@ -135,7 +135,7 @@ def make_donor(dense_dir: Path, texts: list[str], out: Path, width: int = 256) -
 # %% ../nbs/03c_initialisers.ipynb #782119f4
 TOKENSURGEON = {  # mergekit's rule → its arguments
     "subword mean": ["-a", "subword", "-s", "mean"],
-    "OMP": ["-a", "omp", "-k", "64"],
+    "OMP": ["-a", "omp", "-k", "16"],
     "interpolation": ["-a", "common_interpolation", "-k", "64"],
 }
 
