@@ -251,3 +251,7 @@ def test_the_whole_of_it_on_a_toy(monkeypatch, capsys, draft):
     assert demo_command(["--draft", str(draft), "--port", "8502", "--sentence", "Да"]) == 0
     assert opened[0][:4] == [str(MODEL), "--draft", str(draft), "--tree"]
     assert opened[0][-2:] == ["--port", "8502"]
+    monkeypatch.setenv("TPRO_NB_NO_KERNELS", "1")
+    assert demo_command(["--once", "--draft", str(draft), "--sentence", "Да"]) == 0
+    said = capsys.readouterr().out
+    assert "no compiled kernels" in said and "The texts are equal" in said

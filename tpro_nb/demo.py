@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .base_model import smollm2
+from .c_engine import kernels
 from .certificate import save_tokenizer_folder
 from .core import UserError, cache_dir, environment, run_as_command
 from .cost_model import mean_acceptance, verified_tokens
@@ -302,11 +303,11 @@ def demo_parser() -> argparse.ArgumentParser:
 def machine_line(decoder: Decoder) -> str:
     "What decodes here, in words."
     threads = torch.get_num_threads()
-    kernels = "compiled kernels"
+    engine = "compiled kernels"
     if decoder.kind == "torch":
-        kernels = "no compiled kernels (is there a C compiler?), so torch's operators"
+        engine = "no compiled kernels (is there a C compiler?), so torch's operators"
     weights = str(decoder.dtype).removeprefix("torch.")
-    return f"{environment()['cpu']}, {threads} threads, {weights}, {kernels}"
+    return f"{environment()['cpu']}, {threads} threads, {weights}, {engine}"
 
 
 def show_decoding(console: Console, model: Path, draft: Path, settings: DemoSettings) -> bool:
@@ -314,14 +315,17 @@ def show_decoding(console: Console, model: Path, draft: Path, settings: DemoSett
     from transformers import AutoTokenizer
 
     tok: Any = AutoTokenizer.from_pretrained(model)
-    decoder = Decoder(model, draft, context=512)
+    # torch's own bf16 products round a tree's rows otherwise than single ones
+    dtype = torch.float32 if kernels() is None else torch.bfloat16
+    decoder = Decoder(model, draft, dtype=dtype, context=512)
     console.print(f"{DEMO_MODEL}, greedy, at most {settings.new} tokens an answer", style="bold")
     console.print(Text(machine_line(decoder)))
     write_twice(decoder, tok, "Hello", DemoSettings(new=8, rounds=1))  # the first pass is slower
     answers: list[WrittenTwice] = []
     for domain in DEMO_DOMAINS:
         question = PRESETS[domain]["en"][0]
-        with console.status(f"writing answer {len(answers) + 1} of {len(DEMO_DOMAINS)}"):
+        doing = f"writing answer {len(answers) + 1} of {len(DEMO_DOMAINS)}"
+        with console.status(doing, refresh_per_second=1):  # a busy spinner would be measured too
             drafted_first = len(answers) % 2 == 1
             answers.append(write_twice(decoder, tok, question, settings, drafted_first))
         console.print()
