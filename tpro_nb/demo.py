@@ -34,9 +34,10 @@ from .cost_model import mean_acceptance, verified_tokens
 from .decoder import Decoder
 from .draft_model import check_draft
 from .panes import TokenTexts
+from .paper import tables_folder
 from .playground import PRESETS, playground_command, refuse_taken_port
 from .published import qwen3_tokenizer, vocabulary
-from .shipped_draft import shipped_draft
+from .shipped_draft import OWN_TEMPLATE, shipped_draft
 from .tokenizer_surgery import dense_tokenizer
 
 # %% ../nbs/15i_demo.ipynb #4ae12e60
@@ -68,7 +69,8 @@ def demo_model() -> Path:
         part = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(smollm2(), part)
-        save_tokenizer_folder(tok_json, part)
+        template = (tables_folder() / OWN_TEMPLATE).read_text(encoding="utf-8")
+        save_tokenizer_folder(tok_json, part, template)
         part.rename(folder)
     return folder
 
