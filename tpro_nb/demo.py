@@ -369,7 +369,7 @@ def demo_command(argv: list[str] | None = None) -> int:
     draft = demo_draft(asked.draft)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Cyrillic
-    console = Console(highlight=False, width=min(80, Console().width))
+    console = Console(highlight=False, width=min(79, Console().width))  # two equal columns
     quiet_elsewhere(console)
     model = demo_model()
     equal = show_decoding(console, model, draft, DemoSettings())
