@@ -108,3 +108,17 @@ def test_a_dry_run_shows_the_plan_and_reads_nothing(folder, capsys):
     slurm = ["--executor", "slurm", "--slurm", "partition=cpu", "--slurm", "time=1:00"]
     said = said_by(capsys, "rows.jsonl", "--out", "clean", "--dry-run", *slurm)
     assert "clean/work/slurm/read.slurm" in said
+
+
+def test_a_folder_that_cannot_hold_the_result_is_refused_by_name(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    wrong = {
+        "--out " + str(rows): ["--out", str(rows)],
+        "the rows lie in that folder": ["--out", str(tmp_path)],
+        "cannot be written to": ["--out", "/proc/nowhere/out"],
+        "diverse_share: 0": ["--out", str(tmp_path / "out"), "--diverse-share", "0"],
+    }
+    for said, options in wrong.items():
+        with pytest.raises(UserError, match=said):
+            curate.curate_command([str(rows), *options])

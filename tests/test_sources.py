@@ -313,3 +313,54 @@ def test_inputs_that_stand_for_nothing_are_refused(name, said, tmp_path):
     with pytest.raises(UserError, match="given twice"):
         (tmp_path / "a.jsonl").write_text("{}")
         sources.find_sources([str(tmp_path / "a.jsonl"), str(tmp_path)])
+
+
+def turns_read(raw):
+    row, shape = sources.read_foreign(raw, "file", 1, sources.Reading())
+    return shape, [(turn["role"], turn["content"]) for turn in row["messages"]]
+
+
+KEYS_BESIDE = [  # a row, and what must stand in its conversation
+    (dict(system_prompt="ты юрист", question="а", response="б"), ("system", "ты юрист")),
+    (dict(instruction="а", context="дано", response="б"), ("user", "а\n\nдано")),
+    (dict(problem="а", solution="б"), ("assistant", "б")),
+    (dict(inputs="а", targets="б"), ("user", "а")),
+    (dict(system="", prompt="а", completion="б", label=True), ("user", "а")),
+    (
+        dict(
+            messages=[
+                dict(role="user", content="а"),
+                dict(
+                    role="assistant",
+                    content=[dict(type="thinking", thinking="мысль"), dict(type="text", text="б")],
+                ),
+            ]
+        ),
+        ("assistant", "<think>\nмысль\n</think>\n\nб"),
+    ),
+]
+
+
+def test_what_stands_under_keys_beside_the_question_is_not_lost():
+    for raw, turn in KEYS_BESIDE:
+        assert turn in turns_read(raw)[1], raw
+    with pytest.raises(rows.RowFault, match="^label: false"):
+        turns_read(dict(prompt="а", completion="б", label=False))
+
+
+def test_a_torn_zst_and_what_stands_behind_a_list_are_said(tmp_path):
+    line = b'{"prompt": "a", "completion": "b"}\n'
+    packed = zstandard.compress(line * 3)
+    files = {
+        "whole.jsonl.zst": (packed + packed, 6, 0),
+        "torn.jsonl.zst": (packed[:-5], 0, 1),
+        "lists.json": (b"[" + line + b"] [" + line + b"]", 1, 1),
+    }
+    for name, (content, good, bad) in files.items():
+        (tmp_path / name).write_bytes(content)
+        found = sources.find_sources([str(tmp_path / name)])
+        read = [
+            row.raw for piece in sources.cut_sources(found) for row in sources.read_piece(piece)
+        ]
+        broken = [row for row in read if isinstance(row, Broken)]
+        assert (len(read) - len(broken), len(broken)) == (good, bad), name

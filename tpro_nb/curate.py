@@ -128,6 +128,9 @@ def plan_of(asked: Curation) -> FunnelPlan:
         raise UserError(f"shape: {asked.shape!r}, not one of {', '.join(SHAPES)}")
     if not asked.shard_mb > 0:
         raise UserError(f"shard_mb: {asked.shard_mb}, and it must be above 0")
+    for name in ("diverse_share", "balance_share"):
+        if getattr(asked.settings, name) == 0:
+            raise UserError(f"{name}: 0 would keep no row; give a share above 0 (1: all rows)")
     tokenizer = token_counter_file(asked.tokenizer)
     tools = bool(asked.template) and carries_tools(read_template(asked.template))
     sources = find_sources(asked.inputs)
@@ -137,8 +140,14 @@ def plan_of(asked: Curation) -> FunnelPlan:
         raise UserError(f"no rows in {names}")
     items = read_protected(asked.protect, asked.protect_key)
     out = Path(asked.out).resolve()  # workers may start elsewhere
-    out.mkdir(parents=True, exist_ok=True)
-    protect = write_json(out / "protected.json", items)
+    read_from = (Path(source.name).resolve() for source in sources if source.kind != "hub")
+    if any(place.is_relative_to(out) for place in read_from):
+        raise UserError(f"--out {asked.out}: the rows lie in that folder; give another")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        protect = write_json(out / "protected.json", items)
+    except OSError as error:
+        raise UserError(f"--out {asked.out}: cannot be written to ({error})") from error
     return FunnelPlan(
         pieces=tuple(pieces),
         reading=Reading(asked.shape, asked.licence, tools),

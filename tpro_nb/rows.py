@@ -7,8 +7,8 @@ __all__ = ['Asked', 'QUESTIONS', 'TASK_DOMAINS', 'TOY_ENTRIES', 'TRANSLATION_REQ
            'with_fields', 'with_turns', 'Met', 'Outcome', 'set_aside', 'tier_of', 'entry_tags', 'DictionaryEntry',
            'entry_replies', 'wiktionary_rows', 'sample_entries', 'Documented', 'definitions', 'stdlib_docs',
            'english_rows', 'parallel_pairs', 'parallel_rows', 'problem_rows', 'RowFault', 'TurnsRead', 'kind_of',
-           'joined_parts', 'neutralised', 'checked_answer', 'row_thought', 'read_calls', 'read_turn', 'read_turns',
-           'called', 'text_error', 'read_raw', 'identifier', 'zipf_of', 'word_score', 'cyrillic_language',
+           'parted_thought', 'joined_parts', 'neutralised', 'checked_answer', 'row_thought', 'read_calls', 'read_turn',
+           'read_turns', 'called', 'text_error', 'read_raw', 'identifier', 'zipf_of', 'word_score', 'cyrillic_language',
            'latin_language', 'language_of', 'checkable_answer', 'foreign_row', 'foreign_rows', 'licence_gate',
            'general_rows']
 
@@ -569,6 +569,20 @@ def kind_of(value) -> str:
     return names.get(type(value), "a list" if isinstance(value, list) else "an object")
 
 
+def parted_thought(turn: dict, parts: list) -> tuple[dict, list]:
+    "A turn with the parts that are thoughts in a field of their own, and the other parts."
+    thoughts = []
+    others = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get(kind, part.get("text")) if kind in THOUGHT_KEYS else None
+        if isinstance(text, str):
+            thoughts.append(text)
+        else:
+            others.append(part)
+    return (turn | dict(thinking="".join(thoughts)) if thoughts else turn), others
+
+
 def joined_parts(parts: list, where: str) -> str:
     "The text of content that is a list of parts; RowFault where a part is no text."
     texts = []
@@ -676,6 +690,8 @@ def read_turn(turn: Any, where: str, tools: bool = False) -> tuple[Turn, int]:
     content: Any = turn.get("content")
     if content is None and calls:
         content = ""
+    if isinstance(content, list):
+        turn, content = parted_thought(turn, content)
     if isinstance(content, list):
         content = joined_parts(content, f"{where}.content")
     thought = row_thought(turn, where)

@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['KINDS', 'PACKED', 'LONGEST_LINE', 'TURN_LISTS', 'Reader', 'SHAPES', 'SHAPE_KEYS', 'RowSource', 'source_file',
            'source_folder', 'find_sources', 'need_zstandard', 'Piece', 'cut_lines', 'parquet_file', 'cut_parquet',
-           'saved_set', 'cut_rows', 'cut_sources', 'NumberedRow', 'opened', 'ByteLine', 'byte_lines', 'packing_faults',
-           'some_lines', 'Decoded', 'decode_items', 'list_items', 'begins_a_list', 'some_groups', 'some_rows',
-           'some_items', 'read_piece', 'TurnPlace', 'Conversation', 'listed_turns', 'is_sharegpt', 'messages_shape',
-           'sharegpt_shape', 'key_in', 'thoughts_of', 'asked_and_answered', 'alpaca_shape', 'prompt_shape',
-           'transcript_turns', 'one_side', 'preference_shape', 'Shaped', 'shaped', 'Reading', 'read_foreign',
-           'carries_tools', 'read_template']
+           'saved_set', 'cut_rows', 'cut_sources', 'NumberedRow', 'UnpackedZst', 'opened', 'ByteLine', 'byte_lines',
+           'packing_faults', 'some_lines', 'Decoded', 'decode_items', 'list_items', 'begins_a_list', 'some_groups',
+           'some_rows', 'some_items', 'read_piece', 'TurnPlace', 'Conversation', 'is_sharegpt', 'system_turn',
+           'listed_turns', 'messages_shape', 'sharegpt_shape', 'key_in', 'thoughts_of', 'asked_and_answered',
+           'alpaca_shape', 'prompt_shape', 'transcript_turns', 'one_side', 'preference_shape', 'Shaped', 'shaped',
+           'Reading', 'read_foreign', 'carries_tools', 'read_template']
 
 # %% ../nbs/05b_sources.ipynb #a21e94da
 import codecs
@@ -84,7 +84,10 @@ def find_sources(inputs: Sequence[str]) -> list[RowSource]:
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found = source_folder(path)
+            try:
+                found = source_folder(path)
+            except OSError as error:
+                raise UserError(f"{name}: a folder that cannot be read ({error})") from error
             if not found:
                 raise UserError(f"{name}: a folder without a file that is read ({endings})")
         elif path.is_file():
@@ -236,6 +239,40 @@ class NumberedRow(NamedTuple):
     raw: Any  # mostly a dict, a `Broken` where it cannot be read
 
 
+class UnpackedZst:
+    "The bytes of a .zst file; EOFError where it ends in the middle of a frame."
+
+    def __init__(self, file: IO[bytes]):
+        self.file = file
+        self.frame: Any = None
+
+    def read(self, size: int = -1) -> bytes:
+        "Some of the bytes, as many as a block holds; all of them where `size` is negative."
+        whole = []
+        while block := self._block():
+            whole.append(block)
+            if size >= 0:
+                break
+        return b"".join(whole)
+
+    def _block(self) -> bytes:
+        while packed := self.file.read(1 << 16):
+            if unpacked := self._unpacked(packed):
+                return unpacked
+        if self.frame is not None and not self.frame.eof:
+            raise EOFError("the last frame has no end")
+        return b""
+
+    def _unpacked(self, packed: bytes) -> bytes:
+        parts = []
+        while packed:
+            if self.frame is None or self.frame.eof:
+                self.frame = need_zstandard().ZstdDecompressor().decompressobj()
+            parts.append(self.frame.decompress(packed))
+            packed = self.frame.unused_data if self.frame.eof else b""
+        return b"".join(parts)
+
+
 @contextmanager
 def opened(source: RowSource) -> Iterator[Any]:
     "A source's bytes, unpacked."
@@ -244,9 +281,7 @@ def opened(source: RowSource) -> Iterator[Any]:
             yield file
     elif source.packed == ".zst":
         with open(source.name, "rb") as file:
-            reader = need_zstandard().ZstdDecompressor()
-            with reader.stream_reader(file, read_across_frames=True) as stream:
-                yield stream
+            yield UnpackedZst(file)
     else:
         with open(source.name, "rb") as file:
             yield file
@@ -368,7 +403,12 @@ def list_items(file: IO[bytes]) -> Iterator[Any]:
         decoded = decode_items(buffer)
         yield from decoded.items
         buffer = decoded.rest
-        if buffer.startswith("]") or not (more or begun):
+        if buffer.startswith("]"):
+            beyond = (buffer[1:] + text.read(1000)).strip()
+            if beyond:
+                yield Broken(beyond[:300], "more stands behind the end of the list")
+            return
+        if not (more or begun):
             return
         if not more or len(buffer) > LONGEST_LINE:
             yield Broken(buffer[:300], decoded.why or "the list does not end")
@@ -486,8 +526,24 @@ _SPEAKERS = dict(
 )  # fmt: skip
 
 
-def listed_turns(turns: list, whole: str, sharegpt: bool) -> Conversation:
+def is_sharegpt(turns: Any) -> bool:
+    "Whether turns say `from` and not `role`."
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return isinstance(first, dict) and "from" in first and "role" not in first
+
+
+def system_turn(raw: dict) -> list[tuple[dict, TurnPlace]]:
+    "What a system's text beside the turns says, and under which key; empty where there is none."
+    for key in ("system", "system_prompt"):
+        text = raw.get(key)
+        if isinstance(text, str) and text.strip():
+            return [(dict(role="system", content=text), TurnPlace(key, "", ""))]
+    return []
+
+
+def listed_turns(turns: list, whole: str) -> Conversation:
     "A list of turns, with `from` and `value` or with `role` and `content`."
+    sharegpt = is_sharegpt(turns)
     messages = []
     for turn in turns:
         if isinstance(turn, dict) and sharegpt:
@@ -502,12 +558,6 @@ def listed_turns(turns: list, whole: str, sharegpt: bool) -> Conversation:
     return Conversation(messages, places, whole)
 
 
-def is_sharegpt(turns: Any) -> bool:
-    "Whether turns say `from` and not `role`."
-    first = turns[0] if isinstance(turns, list) and turns else None
-    return isinstance(first, dict) and "from" in first and "role" not in first
-
-
 def messages_shape(raw: dict) -> Conversation | None:
     "Turns with `role` and `content`."
     key = next((key for key in TURN_LISTS if key in raw), None)
@@ -515,7 +565,7 @@ def messages_shape(raw: dict) -> Conversation | None:
         return None
     if not isinstance(raw[key], list):
         return Conversation(raw[key], whole=key)
-    return listed_turns(raw[key], key, sharegpt=False)
+    return listed_turns(raw[key], key)
 
 
 def sharegpt_shape(raw: dict) -> Conversation | None:
@@ -523,15 +573,24 @@ def sharegpt_shape(raw: dict) -> Conversation | None:
     key = next((key for key in TURN_LISTS if key in raw and is_sharegpt(raw[key])), None)
     if key is None:
         return None
-    read = listed_turns(raw[key], key, sharegpt=True)
-    if isinstance(raw.get("system"), str) and raw["system"].strip():
-        read.messages.insert(0, dict(role="system", content=raw["system"]))
-        read.places.insert(0, TurnPlace("system", "", ""))
+    read = listed_turns(raw[key], key)
+    for turn, place in system_turn(raw):
+        read.messages.insert(0, turn)
+        read.places.insert(0, place)
     return read
 
 # %% ../nbs/05b_sources.ipynb #a7afde97
-_PROMPTS = ("prompt", "question", "query", "instruction")
-_REPLIES = ("response", "completion", "output", "reply", "answer")
+_PROMPTS = ("prompt", "question", "query", "instruction", "problem", "inputs", "user")
+_REPLIES = (
+    "response",
+    "completion",
+    "output",
+    "reply",
+    "answer",
+    "solution",
+    "targets",
+    "assistant",
+)
 
 
 def key_in(raw: dict, keys: Sequence[str]) -> str | None:
@@ -547,18 +606,18 @@ def thoughts_of(raw: dict) -> dict:
 def asked_and_answered(raw: dict, asked: str, reply: str) -> Conversation:
     "A question and its answer under two keys, and a system's text beside them."
     read = Conversation([], whole=f"{asked} and {reply}")
-    if isinstance(raw.get("system"), str) and raw["system"].strip():
-        read.messages.append(dict(role="system", content=raw["system"]))
-        read.places.append(TurnPlace("system", "", ""))
+    for turn, place in system_turn(raw):
+        read.messages.append(turn)
+        read.places.append(place)
     if isinstance(raw[asked], list):
-        turns = listed_turns(raw[asked], asked, is_sharegpt(raw[asked]))
+        turns = listed_turns(raw[asked], asked)
         read.messages += turns.messages
         read.places += turns.places
     else:
         read.messages.append(dict(role="user", content=raw[asked]))
         read.places.append(TurnPlace(asked, "", ""))
     if isinstance(raw[reply], list):
-        turns = listed_turns(raw[reply], reply, is_sharegpt(raw[reply]))
+        turns = listed_turns(raw[reply], reply)
         read.messages += turns.messages
         read.places += turns.places
     else:
@@ -573,12 +632,13 @@ def alpaca_shape(raw: dict) -> Conversation | None:
     if "instruction" not in raw or reply is None:
         return None
     read = asked_and_answered(raw, "instruction", reply)
-    given = raw.get("input")
+    key = key_in(raw, ("input", "context")) or "input"
+    given = raw.get(key)
     question = read.messages[-2]
     if isinstance(given, str) and given.strip() and isinstance(question.get("content"), str):
         question["content"] = f"{question['content']}\n\n{given}".lstrip()
     elif given not in (None, "") and not isinstance(given, str):
-        raise RowFault(f"input: {kind_of(given)}, not a text")
+        raise RowFault(f"{key}: {kind_of(given)}, not a text")
     history = raw.get("history") or []
     if not isinstance(history, list):
         raise RowFault(f"history: {kind_of(history)}, not a list")
@@ -599,6 +659,8 @@ def prompt_shape(raw: dict) -> Conversation | None:
     reply = key_in({key: raw[key] for key in raw if key != asked}, _REPLIES)
     if asked is None or reply is None:
         return None
+    if raw.get("label") is False:
+        raise RowFault(f"label: false: {reply} is an answer to be unlearnt")
     return asked_and_answered(raw, asked, reply)
 
 # %% ../nbs/05b_sources.ipynb #bf85f51f
@@ -623,13 +685,13 @@ def one_side(raw: dict, key: str) -> Conversation:
         turns = transcript_turns(side, key) if isinstance(side, str) else side
         if not isinstance(turns, list):
             raise RowFault(f"{key}: {kind_of(side)}, neither a text nor a list of turns")
-        return listed_turns(turns, key, is_sharegpt(turns))
+        return listed_turns(turns, key)
     whole = isinstance(side, list) and any(
         isinstance(turn, dict) and turn.get("role", turn.get("from")) in ("user", "human")
         for turn in side
     )
     if whole:  # the prompt again, and the answer
-        return listed_turns(side, key, is_sharegpt(side))
+        return listed_turns(side, key)
     return asked_and_answered(raw, asked, key)
 
 
