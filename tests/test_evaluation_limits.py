@@ -287,3 +287,10 @@ def test_texts_without_the_key(tmp_path, rows):
     write_jsonl(tmp_path / "t.jsonl", rows)
     with pytest.raises(UserError, match="t.jsonl"):
         limits.texts_under(str(tmp_path / "t.jsonl"), "text")
+
+
+@pytest.mark.parametrize("config", ["[]", "{}", '{"model_type": "llama"}', "3"])
+def test_a_folder_that_is_no_draft(tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        limits.refuse_unreadable_draft(tmp_path)

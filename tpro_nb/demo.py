@@ -32,7 +32,7 @@ from .certificate import save_tokenizer_folder
 from .core import UserError, cache_dir, environment, run_as_command
 from .cost_model import mean_acceptance, verified_tokens
 from .decoder import Decoder
-from .draft_model import check_draft
+from .limits import refuse_unreadable_draft
 from .panes import TokenTexts
 from .paper import tables_folder
 from .playground import PRESETS, playground_command, refuse_taken_port
@@ -83,10 +83,7 @@ def demo_draft(given: str | None) -> Path:
             f"the shipped draft is not in {folder}: install tpro_nb again, or give another draft "
             "of this model with --draft FOLDER"
         )
-    try:
-        check_draft(folder)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}/config.json is not that of a draft: {error!r}") from error
+    refuse_unreadable_draft(folder)
     return folder
 
 # %% ../nbs/15i_demo.ipynb #f9cf6c7e
