@@ -60,7 +60,7 @@ from tpro_nb.target_text import (
 # %% ../nbs/11d_shipped_draft.ipynb #2c8839de
 def shipped_draft() -> Path:
     "Folder of the draft that comes with the project, for SmolLM2-135M-Instruct (chapter 03b)."
-    return Path(__file__).parent / "drafts" / "smollm2_135m"
+    return tables_folder().parent / "drafts" / "smollm2_135m"
 
 
 def shipped_card() -> dict:
