@@ -92,3 +92,22 @@ def test_awkward_texts_pass_through():
         filters.filter_row(row(text, text or "а"), filters.FilterSettings())
     deep = row("а", json.dumps([[[]]] * 300))
     assert filters.filter_row(deep, filters.FilterSettings()).step in ("", "repetition")
+
+
+REFUSALS = [  # an answer, and whether it refuses
+    ("Прошу прощения, но такой контент я создавать не буду.", True),
+    ("Давайте лучше поговорим о чём-нибудь другом.", True),
+    ("Я — текстовая модель и не умею рисовать.", True),
+    ("Я не вижу изображения, поэтому не могу его описать.", True),
+    ("Unfortunately, I'm not able to write that for you.", True),
+    ("Мы не можем описать электрон как шарик: у него нет траектории.", False),
+    ("Пингвины не умеют летать: крылья слишком малы.", False),
+    ("I can't say who wins, but the poll shows 51 % for the mayor.", False),
+    ("Создавать таблицы не нужно: они создаются сами.", False),
+    ("Давайте лучше возьмём другой пример: 2 + 2 = 4.", False),
+]
+
+
+def test_refusals_that_a_reader_met_first():
+    for answer, refuses in REFUSALS:
+        assert filters.is_refusal("Помоги мне с этим.", answer) == refuses, answer

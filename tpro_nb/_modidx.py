@@ -1305,6 +1305,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'tpro_nb.duplicates.only_damaged': ('duplicates.html#only_damaged', 'tpro_nb/duplicates.py'),
                                     'tpro_nb.duplicates.only_glued': ('duplicates.html#only_glued', 'tpro_nb/duplicates.py'),
                                     'tpro_nb.duplicates.opposite': ('duplicates.html#opposite', 'tpro_nb/duplicates.py'),
+                                    'tpro_nb.duplicates.other_letter': ('duplicates.html#other_letter', 'tpro_nb/duplicates.py'),
                                     'tpro_nb.duplicates.other_words': ('duplicates.html#other_words', 'tpro_nb/duplicates.py'),
                                     'tpro_nb.duplicates.overwritten': ('duplicates.html#overwritten', 'tpro_nb/duplicates.py'),
                                     'tpro_nb.duplicates.pack_vector': ('duplicates.html#pack_vector', 'tpro_nb/duplicates.py'),

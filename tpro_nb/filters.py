@@ -38,6 +38,7 @@ from tpro_nb.rows import (
     row_text,
     with_fields,
     with_turns,
+    zipf_of,
 )
 
 # %% ../nbs/05c_filters.ipynb #05c00006
@@ -157,10 +158,8 @@ _MISREAD = (("cp1252", "cp1251"), ("koi8-r", "cp1251"), ("cp1251", "koi8-r"))  #
 
 def known_share(text: str) -> float:
     "Share of a text's words of three letters and more that are common Russian words."
-    from wordfreq import zipf_frequency
-
     words = re.findall(r"[^\W\d_]{3,}", text)[:60]
-    known = sum(zipf_frequency(word, "ru") >= 2.5 for word in words)
+    known = sum(zipf_of(word, "ru") >= 2.5 for word in words)
     return known / len(words) if len(words) >= 2 else 0.0
 
 
@@ -393,6 +392,11 @@ _CANNOT = re.compile(
         |уполномочен\w*)\b
         (?:\s[\w,]+){{0,3}}?\s(?:{_HELP})
     | \b(?:не\sмогу|не\sсмогу)\s(?:{_HELP})\w*\W*$
+    | \b(?:создавать|писать|помогать|отвечать|обсуждать|делать)\s(?:этого\s)?не\s(?:буду|стану)\b
+    | \bне\sмогу\s(?:(?:его|её|их|это)\s)?(?:описать|просмотреть|открыть|увидеть|нарисовать)\b
+    | \bдавайте\sлучше\s(?:поговорим|обсудим|сменим)
+    | \bi(?:'m|\sam)?\s(?:can't|cannot|unable\sto|not\sable\sto)\s
+        (?:write|generate|describe|share|show)\s(?:that|this|it|such)\b
     | \bне\sимею\s(?:доступа|личн) | \bмне\s(?:нельзя|запрещено|не\sразрешено)\b
     | \bотказываюсь\s(?:отвеч|выполн|дел|помог|обсужд)
     | \b(?:запрос|просьба|вопрос|тема)\b[^.]{{0,60}}\b(?:наруша|противореч)[^.]{{0,40}}
@@ -411,7 +415,7 @@ _UNABLE = re.compile(
 _SELF = re.compile(
     r"(?i)^\W*(?:извин|прост[ие]|мне (?:очень )?жаль|к сожалению)"
     r"|^\W*(?:sorry|i'm (?:really )?sorry|i apolog)"
-    r"|\bкак (?:языковая|ии\b)|\bязыковая модель\b|\ban ai\b"
+    r"|\bкак (?:языковая|ии\b)|\b(?:языковая|текстовая) модель\b|\ban ai\b"
     r"|\bя\W+(?:всего лишь |просто )?(?:ии|языковая|искусственный интеллект)\b"
 )
 _COURTESY = re.compile(
