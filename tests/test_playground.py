@@ -644,6 +644,19 @@ def test_one_after_the_other(open_app, svc):
         assert right.rows[0]["at_s"] < left.seconds  # the wait is not counted
 
 
+def test_choices_survive_another_language(monkeypatch):
+    sides = {side: dict(url="http://127.0.0.1:1/v1", mode="direct") for side in ("left", "right")}
+    monkeypatch.setenv("TPRO_NB_PLAYGROUND", json.dumps(dict(lang="ru") | sides))
+    page = ok(AppTest.from_function(app, default_timeout=20).run())
+    page.radio("source").set_value("live")
+    page.radio("lang").set_value("en")
+    ok(page.run())
+    for name, value in (("source", "live"), ("left_mode", "direct"), ("right_mode", "direct")):
+        choice = page.radio(name)
+        assert choice.value == value
+        assert choice.proto.set_value  # else the page, which goes by its words, shows none
+
+
 @pytest.mark.parametrize("lang", ["ru", "en"])
 def test_replay_needs_no_model(monkeypatch, lang):
     words = PAGE_TEXT[lang]

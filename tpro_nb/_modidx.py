@@ -2370,6 +2370,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'tpro_nb.playground.figure_text': ('playground.html#figure_text', 'tpro_nb/playground.py'),
                                     'tpro_nb.playground.figures_html': ('playground.html#figures_html', 'tpro_nb/playground.py'),
                                     'tpro_nb.playground.free_port': ('playground.html#free_port', 'tpro_nb/playground.py'),
+                                    'tpro_nb.playground.keep_choices': ('playground.html#keep_choices', 'tpro_nb/playground.py'),
                                     'tpro_nb.playground.known_models': ('playground.html#known_models', 'tpro_nb/playground.py'),
                                     'tpro_nb.playground.live_page': ('playground.html#live_page', 'tpro_nb/playground.py'),
                                     'tpro_nb.playground.model_choices': ('playground.html#model_choices', 'tpro_nb/playground.py'),

@@ -5,8 +5,8 @@ __all__ = ['PAGE_TEXT', 'PRESETS', 'USUAL_LIMIT', 'LAYOUT', 'SPEEDS', 'preset_qu
            'known_models', 'side_settings', 'figure_text', 'figures_html', 'side_title', 'draw_answer', 'draw_status',
            'draw_details', 'draw_pane', 'draw_turn', 'ranking_table', 'vote_box', 'PageChoices', 'stop_all',
            'new_conversation', 'ask', 'shortened', 'preset_picker', 'controls', 'told_of_silence', 'live_page',
-           'episode_title', 'replay_page', 'sidebar', 'draw_conversation', 'after_the_answers', 'page', 'ServedPair',
-           'pair_of_run', 'free_port', 'start_server', 'playground_parser', 'page_config', 'fair_pair',
+           'episode_title', 'replay_page', 'keep_choices', 'sidebar', 'draw_conversation', 'after_the_answers', 'page',
+           'ServedPair', 'pair_of_run', 'free_port', 'start_server', 'playground_parser', 'page_config', 'fair_pair',
            'refuse_taken_port', 'open_page', 'what_is_shown', 'run_page', 'playground_command']
 
 # %% ../nbs/15g_playground.ipynb #139ae707
@@ -708,6 +708,13 @@ def replay_page(st, words: dict[str, str], config: dict) -> None:
         st.info(words["recording"])
 
 # %% ../nbs/15g_playground.ipynb #c0f0b977
+def keep_choices(session) -> None:
+    "Choices whose words change with the language are told to the page anew; it forgets them else."
+    for name in list(session):
+        if name in ("source", "domain", "episode", "speed") or str(name).endswith("mode"):
+            session[name] = session[name]
+
+
 def sidebar(st, config: dict) -> PageChoices:
     "Language, source, and the switches that go with it."
     session = st.session_state
@@ -720,6 +727,8 @@ def sidebar(st, config: dict) -> PageChoices:
             label_visibility="collapsed",
             key="lang",
             index=0 if config.get("lang", "ru") == "ru" else 1,
+            on_change=keep_choices,
+            args=(session,),
         )
         words = PAGE_TEXT[lang]
         source = st.radio(
@@ -950,6 +959,7 @@ def open_page(config: dict, port: int) -> subprocess.Popen:
         "--server.enableXsrfProtection=true",
         "--server.headless=true",
         "--server.fileWatcherType=none",
+        "--global.disableWidgetStateDuplicationWarning=true",  # `keep_choices` means it
         "--browser.gatherUsageStats=false",
         "--client.toolbarMode=minimal",
     ]
