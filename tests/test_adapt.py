@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
@@ -313,6 +314,31 @@ def test_what_cannot_be_done_is_refused_before_work(
     assert says in said
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
+
+
+FAULTS = [
+    (OSError(28, "No space left on device"), 2),
+    (Exception("File too large (os error 27)"), 2),
+    (SafetensorError("I/O error: No space left on device (os error 28)"), 2),
+    (UserError("cannot read x (os error 2)"), 2),
+    (RuntimeError("the certificate failed"), 1),
+]
+
+
+@pytest.mark.parametrize(("fault", "status"), FAULTS)
+def test_a_full_disk_is_one_line(tmp_path, bases, monkeypatch, capsys, fault, status):
+    def fails(*given):
+        raise fault
+
+    monkeypatch.setattr(adapting, "adapted_json", fails)
+    text = text_file(tmp_path, LINES["Cyrillic"])
+    argv = ["adapt", bases["qwen"], "--script", "Cyrillic", "--text", text, "--swaps", "9"]
+    with pytest.raises(SystemExit) as end:
+        main([*argv, "--out", str(tmp_path / "out")])
+    assert end.value.code == status
+    said = capsys.readouterr().err
+    full = "Free space" in said
+    assert full == (status == 2 and not isinstance(fault, UserError))
 
 
 def test_frequency_lists(tmp_path):

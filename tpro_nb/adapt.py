@@ -639,7 +639,12 @@ def adapt_command(argv: list[str] | None = None) -> int:
     )
     try:
         report = adapt(settings)
-    except (OSError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        # tokenizers and safetensors, which are Rust, name a full disk in the text alone
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
         raise UserError(f"--out {asked.out}: cannot write it ({error}). Free space") from error
     cost = report["cost_pct"]
     worst = max(cost, key=cost.__getitem__)
