@@ -318,7 +318,7 @@ def write_answers(
         return model(ids, **told, logits_to_keep=1).logits[:, -1].float()
 
     logits = read(asked)[copies]
-    cache.batch_select_indices(copies)
+    cache.batch_select_indices(torch.tensor(copies))
     mask = mask[copies]
     going = list(range(len(copies)))  # the answer of each row
     written: list[list[int]] = [[] for _ in copies]
@@ -330,7 +330,7 @@ def write_answers(
         if last or not rows:
             break
         if len(rows) < len(going):
-            cache.batch_select_indices(rows)
+            cache.batch_select_indices(torch.tensor(rows))
             mask, tokens = mask[rows], tokens[rows]
             going = [going[row] for row in rows]
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
