@@ -377,7 +377,7 @@ def demo_command(argv: list[str] | None = None) -> int:
         return 0
     console.print("\nThe same model in two panes, plain and with the draft:", style="bold")
     tree = ",".join(map(str, DEMO_TREE))
-    page = [str(model), "--draft", str(draft), "--tree", tree]
+    page = [str(model), "--draft", str(draft), "--tree", tree, "--one-by-one"]
     return playground_command([*page, "--lang", "en", "--port", str(asked.port)])
 
 

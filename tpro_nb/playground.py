@@ -744,7 +744,10 @@ def sidebar(st, config: dict) -> PageChoices:
         chosen = PageChoices(lang, source, colours, False, False, "", False)
         if source == "live":
             chosen.one_by_one = st.toggle(
-                words["one_by_one"], key="one_by_one", help=words["one_by_one_why"]
+                words["one_by_one"],
+                config.get("one_by_one", False),
+                key="one_by_one",
+                help=words["one_by_one_why"],
             )
             chosen.blind = st.toggle(
                 words["blind"],
@@ -898,6 +901,7 @@ def playground_parser() -> argparse.ArgumentParser:
     add("--replay", metavar="FILE", help="a recording to offer")
     add("--port", type=int, default=8501)
     add("--lang", choices=["ru", "en"], default="ru")
+    add("--one-by-one", action="store_true", help="begin with the sides answering in turn")
     return parser
 
 
@@ -905,6 +909,8 @@ def page_config(args: argparse.Namespace) -> tuple[dict, ServedPair | None]:
     "The page's configuration, and the model to start for it, if any."
     run = (project_root() or Path.cwd()) / args.run
     config: dict[str, Any] = dict(lang=args.lang)
+    if args.one_by_one:
+        config["one_by_one"] = True
     tmath = run / "04b_tmath" / "test.jsonl"
     if tmath.exists():
         config["tmath"] = str(tmath)
