@@ -888,7 +888,7 @@ def user_turns(rows: list[Row]) -> tuple[list[int], list[str]]:
 
 def leaks_met(report: list[dict]) -> dict[str, str]:
     "Row id → what it met, from a report of `decontaminate`."
-    met = {}
+    met: dict[str, str] = {}
     for leak in report:
         how = leak["reason"].removesuffix(" a protected text")
         met[leak["id"]] = Met(f"{how} {leak['leaked']} of {leak['set']}", leak["leaked"])
