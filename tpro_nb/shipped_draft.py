@@ -427,12 +427,16 @@ def compare_drafts(
     depth: int = 4,  # guesses in a chain
 ) -> list[dict]:  # draft, split, domain, answers, chain, right_1 … right_depth (shares of 1)
     "Rollouts of several drafts over the same text, by domain. Runs in a child process."
-    emb, head = target_matrices(target)
+    model = target_model(target)
+    emb, head = target_matrices(model)
     texts = usable_rows(held)
     table = []
     for name, folder in drafts.items():
+        draft = EagleDraft.load(folder)
+        taps = tapped_layers(draft.kind, model.config)
+        read = with_features(model, texts, taps) if taps else texts
         groups: dict[tuple[str, str], list[RolloutRow]] = defaultdict(list)
-        for row in heldout(EagleDraft.load(folder), texts, emb, head, depth)["rows"]:
+        for row in heldout(draft, read, emb, head, depth)["rows"]:
             split = "development" if row["row"] < development else "evaluation"
             groups[split, "all"].append(row)
             groups[split, prompts[row["row"]]["domain"]].append(row)
