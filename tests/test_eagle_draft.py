@@ -704,3 +704,10 @@ def test_two_processes_train_what_one_does(data3, tmp_path, monkeypatch, kind):
         assert (value - weights[2][name]).abs().max().item() < 1e-5, name
     moved = weights[1]["lm_head.weight"] - start.lm_head.weight
     assert moved.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("config", ["[1]", "{}", '{"architectures": 3}', '{"hidden_size": null}'])
+def test_a_config_that_describes_no_draft_is_one_line(tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match="does not describe a draft"):
+        check_draft(tmp_path)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from .c_engine import CEngine, engine_for
 from .core import UserError
@@ -51,7 +52,7 @@ def load_target(model_dir, dtype: torch.dtype):
 
     try:
         return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         raise UserError(
             f"cannot load the target {model_dir}: {str(e).splitlines()[0]}. "
             "Give a model folder or a hub id."

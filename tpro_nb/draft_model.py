@@ -429,7 +429,14 @@ def draft_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 def check_draft(folder: Path | str) -> dict[str, tuple[int, ...]]:
     "Names and shapes found in a draft folder; `UserError` where they differ from `draft_shapes`."
     folder = Path(folder)
-    want = draft_shapes(read_json(folder / "config.json"))
+    config = read_json(folder / "config.json")
+    try:
+        want = draft_shapes(config)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(
+            f"{folder / 'config.json'} does not describe a draft ({type(e).__name__}: {e}). "
+            "Give a folder that stage 11c_eagle_draft or an export of it wrote."
+        ) from e
     path = folder / "model.safetensors"
     try:
         with safe_open(path, "pt") as file:
