@@ -603,7 +603,7 @@ def unknown_model(name: str, models: dict) -> Refused:
     )
 
 
-PROBE_TOOL = dict(  # to see whether a chat template shows tools
+PROBE_TOOL: dict[str, Any] = dict(  # to see whether a chat template shows tools
     type="function",
     function=dict(name="tool_of_a_probe", description="", parameters=dict(type="object")),
 )
