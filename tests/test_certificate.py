@@ -100,22 +100,26 @@ def test_the_line_shows_a_text(base, part):
     assert " becomes " in line
 
 
-SETTING_CASES = [
+SETTING_CASES = [  # name, value, whether it changes what the tokenizer does (None: nothing is said)
     ("ignore_merges", True, True),
     ("dropout", 0.1, True),
     ("continuing_subword_prefix", "##", True),
     ("end_of_word_suffix", "</w>", True),
-    ("dropout", 0.0, False),
-    ("continuing_subword_prefix", "", False),
-    ("end_of_word_suffix", "", False),
+    ("dropout", 0.0, None),
+    ("continuing_subword_prefix", "", None),
+    ("end_of_word_suffix", "", None),
+    ("byte_fallback", False, None),
     ("fuse_unk", True, False),
+    ("unk_token", "<unk>", False),
+    ("byte_fallback", True, False),
 ]
 
 
 @pytest.mark.parametrize(("name", "value", "changes"), SETTING_CASES)
 def test_settings_of_the_model(base, name, value, changes):
     new = base | dict(model=base["model"] | {name: value})
-    assert [found.changes for found in setting_differences(new, base)] == [True] * changes
+    said = [found.changes for found in setting_differences(new, base)]
+    assert said == ([] if changes is None else [changes])
 
 
 # --- flags of added tokens
@@ -290,7 +294,6 @@ OTHER_FILES = [
         json.dumps(AROUND | dict(model=dict(type="BPE", vocab=["a"], merges=["a b"]))),
         "whole number",
     ),
-    (json.dumps(AROUND | dict(model=BPE | dict(merges=["a b"], byte_fallback=True))), "byte-level"),
     (json.dumps(dict(model=BPE | dict(merges=["a b"]), added_tokens=[])), "byte-level"),
 ]
 
@@ -415,3 +418,16 @@ def test_a_configuration_of_somebodys_own_is_not_to_be_deleted(tmp_path, held):
     with pytest.raises(UserError, match=OBJECTS[held]) as refusal:
         read_object(path)
     assert "elete" not in str(refusal.value)
+
+
+def test_a_negative_growth_is_refused(base):
+    with pytest.raises(UserError, match="grow=-1"):
+        certify(base, base, grow=-1)
+
+
+def test_byte_fallback_in_a_byte_level_tokenizer_is_judged(base):
+    old = base | dict(model=base["model"] | dict(byte_fallback=True))
+    assert certify(old, old)["ok"]
+    certificate = certify(old, base)
+    assert certificate["ok"]
+    assert any("byte_fallback" in note for note in certificate["notes"])

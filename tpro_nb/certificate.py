@@ -2,17 +2,18 @@
 
 # %% auto #0
 __all__ = ['BYTE_TO_CHAR', 'CHAR_TO_BYTE', 'NOT_HERE', 'OTHER_FORMS', 'ALONE', 'AFTER_WORD', 'CARRIERS', 'LETTERS_ONLY',
-           'UNICODE_BLOCKS', 'PARTS', 'IGNORED', 'PROBES', 'MODEL_SETTINGS', 'FLAGS', 'CONFIGURED', 'TABLES',
-           'FAST_TOKENIZER', 'byte_level', 'from_byte_level', 'token_name', 'token_id', 'token_text', 'survives_merges',
-           'unreachable', 'merge_halves', 'merges_of', 'check_byte_level', 'check_lists', 'check_complete',
-           'tokenizer_json_path', 'read_object', 'load_tokenizer_json', 'tokenizer_fingerprint', 'tokenizer_from_json',
-           'Entry', 'entries_and_parts', 'fitting', 'reached_singly', 'carried', 'expected_ids', 'reached',
-           'unreached_in_carriers', 'KeptTrial', 'reached_before_and_after', 'reordered_merges', 'premature_merges',
-           'random_text', 'changed_strings', 'adds_nothing', 'plain_part', 'in_short', 'literals', 'Treatment',
-           'treatment', 'witness', 'Difference', 'part_differences', 'setting_differences', 'flag_differences',
-           'mark_faults', 'added_differences', 'differences', 'token_setting', 'opened_otherwise', 'folder_differences',
-           'Certificate', 'Vocabulary', 'read_vocabulary', 'size_faults', 'certify', 'name_known_class',
-           'save_tokenizer_folder', 'NewToken', 'OldToken', 'IdMap', 'id_map', 'with_its_parts', 'trim']
+           'UNICODE_BLOCKS', 'PARTS', 'IGNORED', 'PROBES', 'MODEL_SETTINGS', 'UNKNOWN_SETTINGS', 'FLAGS', 'CONFIGURED',
+           'TABLES', 'FAST_TOKENIZER', 'byte_level', 'from_byte_level', 'token_name', 'token_id', 'token_text',
+           'survives_merges', 'unreachable', 'merge_halves', 'merges_of', 'check_byte_level', 'check_lists',
+           'check_complete', 'tokenizer_json_path', 'read_object', 'load_tokenizer_json', 'tokenizer_fingerprint',
+           'tokenizer_from_json', 'Entry', 'entries_and_parts', 'fitting', 'reached_singly', 'carried', 'expected_ids',
+           'reached', 'unreached_in_carriers', 'KeptTrial', 'reached_before_and_after', 'reordered_merges',
+           'premature_merges', 'random_text', 'changed_strings', 'adds_nothing', 'plain_part', 'in_short', 'literals',
+           'Treatment', 'treatment', 'witness', 'Difference', 'part_differences', 'setting_differences',
+           'flag_differences', 'mark_faults', 'added_differences', 'differences', 'token_setting', 'opened_otherwise',
+           'folder_differences', 'Certificate', 'Vocabulary', 'read_vocabulary', 'size_faults', 'certify',
+           'name_known_class', 'save_tokenizer_folder', 'NewToken', 'OldToken', 'IdMap', 'id_map', 'with_its_parts',
+           'trim']
 
 # %% ../nbs/02a_certificate.ipynb #79c039aa
 import hashlib
@@ -132,7 +133,7 @@ def check_byte_level(tok_json: Any) -> None:
     if kind != "BPE":
         raise UserError(f"not a byte-level BPE tokenizer (model {kind!r}): {NOT_HERE}")
     byte_level_parts = json.dumps([tok_json.get("decoder"), tok_json.get("pre_tokenizer")])
-    if "ByteLevel" not in byte_level_parts or model.get("byte_fallback"):
+    if "ByteLevel" not in byte_level_parts:
         raise UserError(f"BPE over characters, not byte-level: {NOT_HERE}")
 
 
@@ -540,16 +541,17 @@ MODEL_SETTINGS: dict[str, Any] = dict(  # what each is where the file does not s
     end_of_word_suffix=None,
     ignore_merges=False,
 )
+UNKNOWN_SETTINGS: dict[str, Any] = dict(unk_token=None, fuse_unk=False, byte_fallback=False)
 
 
 def setting_differences(new: dict, old: dict) -> list[Difference]:
     "Settings of the BPE model. Those for unknown symbols have no say where all bytes are known."
     found = []
-    for name, usual in MODEL_SETTINGS.items():
+    for name, usual in (MODEL_SETTINGS | UNKNOWN_SETTINGS).items():
         here, there = (tok_json["model"].get(name) or usual for tok_json in (new, old))
         if here != there:
             said = f"model: {name} is {here!r} where the base has {there!r}"
-            found.append(Difference(said, changes=True))
+            found.append(Difference(said, changes=name in MODEL_SETTINGS))
     return found
 
 # %% ../nbs/02a_certificate.ipynb #0fbe9522
@@ -737,6 +739,8 @@ def certify(
     grow: int = 0,  # entries that it was meant to gain; 0: a swap at the same size
 ) -> Certificate:
     "Certificate of a swap: `ok`, counts, hashes, and whatever is not as in the base, by name."
+    if grow < 0:
+        raise UserError(f"grow={grow}: give the entries that were to be added, 0 where none were")
     new, old = read_vocabulary(tokenizer), read_vocabulary(base)
     marks = new.specials.keys() - old.specials.keys()
     kept = [name for name in new.ids if name in old.ids and name not in new.specials]
