@@ -1,6 +1,7 @@
 "Files and shapes that people bring: what is read, and what is refused by name."
 
 import gzip
+import io
 import json
 from functools import partial
 from pathlib import Path
@@ -364,3 +365,51 @@ def test_a_torn_zst_and_what_stands_behind_a_list_are_said(tmp_path):
         ]
         broken = [row for row in read if isinstance(row, Broken)]
         assert (len(read) - len(broken), len(broken)) == (good, bad), name
+
+
+def test_a_solution_is_the_reply_and_the_answer_its_key():
+    row, _ = read_one(dict(problem="x + 1 = 43", solution="x = 43 - 1 = \\boxed{42}", answer="42"))
+    assert row["messages"][1]["content"].endswith("{42}")
+    assert row["answer"] == "42"
+    row, _ = read_one(dict(problem="x + 1 = 43", answer="42"))
+    assert row["messages"][1]["content"] == "42"
+
+
+def test_a_system_text_beside_turns_stands_before_them_once():
+    turns = [dict(role="user", content="q"), dict(role="assistant", content="a")]
+    row, _ = read_one(dict(system="SYS", messages=turns))
+    assert [turn["content"] for turn in row["messages"]] == ["SYS", "q", "a"]
+    own = dict(role="system", content="own")
+    row, _ = read_one(dict(system="SYS", messages=[own, *turns]))
+    assert [turn["content"] for turn in row["messages"]] == ["own", "q", "a"]
+
+
+@pytest.mark.parametrize(
+    ("beside", "asked"),
+    [
+        (dict(input="", context="CTX"), "i\n\nCTX"),
+        (dict(input="IN", context=""), "i\n\nIN"),
+        (dict(input=None), "i"),
+        (dict(input=""), "i"),
+    ],
+)
+def test_an_empty_input_hides_no_context(beside, asked):
+    row, _ = read_one(dict(instruction="i", output="o") | beside)
+    assert row["messages"][0]["content"] == asked
+
+
+@pytest.mark.parametrize(
+    ("written", "read_items", "broken"),
+    [
+        (b"[1]" + b" " * (1 << 21) + b"\xff", 1, "UTF-8"),
+        (b"[1]" + b" " * (3 << 20) + b'{"a": 1}', 1, "behind the end"),
+        (b"[1, \xff2]", 0, "UTF-8"),
+        (b"[1]" + b" " * (3 << 20), 1, None),
+        (b"[1]\n", 1, None),
+    ],
+)
+def test_what_follows_a_list_is_looked_at_to_its_end(written, read_items, broken):
+    items = list(sources.list_items(io.BytesIO(written)))
+    said = [item.reason for item in items if isinstance(item, Broken)]
+    assert len(items) - len(said) == read_items
+    assert [broken in reason for reason in said] == [True] * (broken is not None)

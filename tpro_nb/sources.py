@@ -4,11 +4,11 @@
 __all__ = ['KINDS', 'PACKED', 'LONGEST_LINE', 'TURN_LISTS', 'Reader', 'SHAPES', 'SHAPE_KEYS', 'RowSource', 'source_file',
            'source_folder', 'find_sources', 'need_zstandard', 'Piece', 'cut_lines', 'parquet_file', 'cut_parquet',
            'saved_set', 'cut_rows', 'cut_sources', 'NumberedRow', 'UnpackedZst', 'opened', 'ByteLine', 'byte_lines',
-           'packing_faults', 'some_lines', 'Decoded', 'decode_items', 'list_items', 'begins_a_list', 'some_groups',
-           'some_rows', 'some_items', 'read_piece', 'TurnPlace', 'Conversation', 'is_sharegpt', 'system_turn',
-           'listed_turns', 'messages_shape', 'sharegpt_shape', 'key_in', 'thoughts_of', 'asked_and_answered',
-           'alpaca_shape', 'prompt_shape', 'transcript_turns', 'one_side', 'preference_shape', 'Shaped', 'shaped',
-           'Reading', 'read_foreign', 'carries_tools', 'read_template']
+           'packing_faults', 'some_lines', 'Decoded', 'decode_items', 'read_text', 'list_items', 'begins_a_list',
+           'some_groups', 'some_rows', 'some_items', 'read_piece', 'TurnPlace', 'Conversation', 'is_sharegpt',
+           'system_turn', 'listed_turns', 'with_system', 'messages_shape', 'sharegpt_shape', 'key_in', 'thoughts_of',
+           'asked_and_answered', 'alpaca_shape', 'prompt_shape', 'transcript_turns', 'one_side', 'preference_shape',
+           'Shaped', 'shaped', 'Reading', 'read_foreign', 'carries_tools', 'read_template']
 
 # %% ../nbs/05b_sources.ipynb #a21e94da
 import codecs
@@ -382,18 +382,24 @@ def decode_items(buffer: str) -> Decoded:
         items.append(item)
 
 
+def read_text(file: codecs.StreamReader, size: int) -> str:
+    "The next piece of a stream, empty at its end; a `Broken` where it cannot be read."
+    try:
+        return file.read(size)
+    except UnicodeDecodeError as error:
+        return Broken("", f"not UTF-8 (byte {error.start})")
+    except packing_faults() as error:
+        return Broken("", f"the file ends in the middle, or is damaged: {error}"[:200])
+
+
 def list_items(file: IO[bytes]) -> Iterator[Any]:
     "Items of a json list in a stream; a `Broken` in the place of the first that cannot be read."
     text = codecs.getreader("utf-8-sig")(file)
     buffer, wanted, begun = "", 1 << 20, False
     while True:
-        try:
-            more = text.read(wanted)
-        except UnicodeDecodeError as error:
-            yield Broken(buffer[:300], f"not UTF-8 (byte {error.start})")
-            return
-        except packing_faults() as error:
-            yield Broken("", f"the file ends in the middle, or is damaged: {error}"[:200])
+        more = read_text(text, wanted)
+        if isinstance(more, Broken):
+            yield Broken(buffer[:300], more.reason)
             return
         buffer += more
         if not begun:
@@ -404,8 +410,13 @@ def list_items(file: IO[bytes]) -> Iterator[Any]:
         yield from decoded.items
         buffer = decoded.rest
         if buffer.startswith("]"):
-            beyond = (buffer[1:] + text.read(1000)).strip()
-            if beyond:
+            beyond = buffer[1:].strip()
+            while more and not beyond:
+                more = read_text(text, wanted)
+                beyond = more if isinstance(more, Broken) else more.strip()
+            if isinstance(beyond, Broken):
+                yield beyond
+            elif beyond:
                 yield Broken(beyond[:300], "more stands behind the end of the list")
             return
         if not (more or begun):
@@ -558,6 +569,16 @@ def listed_turns(turns: list, whole: str) -> Conversation:
     return Conversation(messages, places, whole)
 
 
+def with_system(raw: dict, read: Conversation) -> Conversation:
+    "A conversation behind the system's text beside it, unless it has one of its own."
+    begins = read.messages[0] if read.messages else None
+    if not (isinstance(begins, dict) and begins.get("role") == "system"):
+        for turn, place in system_turn(raw):
+            read.messages.insert(0, turn)
+            read.places.insert(0, place)
+    return read
+
+
 def messages_shape(raw: dict) -> Conversation | None:
     "Turns with `role` and `content`."
     key = next((key for key in TURN_LISTS if key in raw), None)
@@ -565,7 +586,7 @@ def messages_shape(raw: dict) -> Conversation | None:
         return None
     if not isinstance(raw[key], list):
         return Conversation(raw[key], whole=key)
-    return listed_turns(raw[key], key)
+    return with_system(raw, listed_turns(raw[key], key))
 
 
 def sharegpt_shape(raw: dict) -> Conversation | None:
@@ -573,11 +594,7 @@ def sharegpt_shape(raw: dict) -> Conversation | None:
     key = next((key for key in TURN_LISTS if key in raw and is_sharegpt(raw[key])), None)
     if key is None:
         return None
-    read = listed_turns(raw[key], key)
-    for turn, place in system_turn(raw):
-        read.messages.insert(0, turn)
-        read.places.insert(0, place)
-    return read
+    return with_system(raw, listed_turns(raw[key], key))
 
 # %% ../nbs/05b_sources.ipynb #a7afde97
 _PROMPTS = ("prompt", "question", "query", "instruction", "problem", "inputs", "user")
@@ -586,8 +603,8 @@ _REPLIES = (
     "completion",
     "output",
     "reply",
+    "solution",  # before an answer, which is its key where both are there
     "answer",
-    "solution",
     "targets",
     "assistant",
 )
@@ -632,12 +649,13 @@ def alpaca_shape(raw: dict) -> Conversation | None:
     if "instruction" not in raw or reply is None:
         return None
     read = asked_and_answered(raw, "instruction", reply)
-    key = key_in(raw, ("input", "context")) or "input"
-    given = raw.get(key)
+    filled = {key: raw[key] for key in raw if raw[key] not in (None, "")}
+    key = key_in(filled, ("input", "context")) or "input"
+    given = filled.get(key)
     question = read.messages[-2]
     if isinstance(given, str) and given.strip() and isinstance(question.get("content"), str):
         question["content"] = f"{question['content']}\n\n{given}".lstrip()
-    elif given not in (None, "") and not isinstance(given, str):
+    elif given is not None and not isinstance(given, str):
         raise RowFault(f"{key}: {kind_of(given)}, not a text")
     history = raw.get("history") or []
     if not isinstance(history, list):
