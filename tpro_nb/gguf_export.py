@@ -288,7 +288,7 @@ def export_to_gguf(folder: Path | str, path: Path | str) -> Path:
         writer.close()
         os.replace(part, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}. Free space") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}. Free space") from error
     finally:
         part.unlink(missing_ok=True)
     return path

@@ -8,6 +8,7 @@ __all__ = ['TOKENSURGEON', 'RACED_INITS', 'end_bits', 'lead', 'sparsemax', 'focu
 # %% ../nbs/03c_initialisers.ipynb #03b00003
 import subprocess
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypedDict
@@ -35,6 +36,7 @@ from tpro_nb.training import (
     save_model_folder,
     trainable,
     vocab_matrices,
+    work_key,
 )
 
 # %% ../nbs/03c_initialisers.ipynb #03b00006
@@ -237,9 +239,10 @@ def starts(
     dense = AutoTokenizer.from_pretrained(paths.dense)
     new = list(row_plan(base, dense).new)
     data = windows(dense, train, budget.length, budget.seed)
+    key = work_key(asdict(budget), texts, list(train), paths.dense / "tokenizer.json")
     found = {}
     for name, make in start_rules(paths).items():
-        done = paths.work / f"{name.replace(' ', '-')}.json"
+        done = paths.work / f"{name.replace(' ', '-')}-{key}.json"
         if not done.exists():
             write_json(done, start_and_end(make, dense, new, data, texts, budget))
         found[name] = read_json(done)

@@ -210,7 +210,7 @@ def long_prompts(
         if domain != "rewrite":  # whole passages; the guard looks for them
             topics += of_domain
     measured = [row["prompt"] for row in general["eval"] + development_prompts(seed)]
-    prompts = general["train"] + apart_from([*templated, *own], topics, measured)
+    prompts = apart_from([*general["train"], *templated, *own], topics, measured)
     random.Random(f"{seed} long").shuffle(prompts)
     return prompts
 
