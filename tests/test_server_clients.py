@@ -267,6 +267,38 @@ def test_a_template_that_knows_tools_and_thoughts_gets_them(svc, url, monkeypatc
     )
 
 
+HALVES = [  # a field of a request as JSON, and the words of its refusal; None: it is taken
+    (r'"tools": [{"type": "function", "function": {"name": "f", "parameters": {"x": "_"}}}]', "t"),
+    (r'"tools": [{"type": "function", "function": {"name": "f", "parameters": {"_": 1}}}]', "t"),
+    (r'"tools": [{"type": "function", "function": {"name": "f", "description": "_"}}]', "t"),
+    (r'"tools": [{"type": "function", "function": {"name": "f", "more": ["_"]}}]', "t"),
+    (r'"arguments": {"x": "_"}', "m"),
+    (r'"arguments": {"x": ["_"]}', "m"),
+    (r'"arguments": "{\"x\": \"_\"}"', "m"),
+    (r'"arguments": "{\"x\": \"\_\"}"', None),  # the escape is text, and so it is written
+    (r'"arguments": {"x": "\_"}', None),
+    (r'"arguments": {"x": "_\udc00"}', None),  # a whole pair
+]
+
+
+@pytest.mark.parametrize("field, says", HALVES, ids=lambda value: str(value)[:60])
+def test_half_a_character_is_refused_by_name(svc, url, monkeypatch, field, says):  # noqa: F811
+    monkeypatch.setattr(svc.tok, "chat_template", QWEN3.read_text(encoding="utf-8"))
+    field = field.replace("_", r"\ud800")
+    if field.startswith('"arguments"'):
+        call = r'{"type": "function", "function": {"name": "f", ' + field + "}}"
+        turn = r'{"role": "assistant", "content": "", "tool_calls": [' + call + "]}"
+        user = json.dumps(USER)
+        field = f'"messages": [{user}, {turn}, {user}]'
+    sent = json.dumps(body(max_tokens=1))[:-1] + f", {field}}}"
+    kind = {"content-type": "application/json"}
+    response = httpx.post(f"{url}/v1/chat/completions", content=sent, headers=kind)
+    if says:
+        assert {"t": "tools", "m": "messages"}[says] in refusal(response)
+    else:
+        assert response.status_code == 200 or "shorten" in refusal(response), response.text
+
+
 def test_what_the_template_leaves_out_is_told(svc, url):  # noqa: F811
     for turn, told in (
         (dict(role="assistant", content="да"), None),
@@ -583,8 +615,8 @@ NOT_CALLED = [  # stays text, to the letter
 ]
 
 
-def parts_of(text, size, **how):
-    reply = Reply([], calls=Calls({"погода"}, **how))
+def parts_of(text, size, stop=(), **how):
+    reply = Reply(list(stop), calls=Calls({"погода"}, **how))
     rows = []
     for start in range(0, len(text), size):
         rows.append(reply.push(text[start : start + size], start + size >= len(text)))
@@ -606,6 +638,47 @@ def test_however_they_arrive_calls_are_taken_out(size):
     inside = "<think>" + wrote(GOOD) + "</think>нет"
     assert parts_of(inside, size) == ("нет", [])
     assert Reply([]).push(wrote(GOOD), True).answer == wrote(GOOD)  # no function was offered
+
+
+F = '<tool_call>{"name": "погода", "arguments": {}}</tool_call>'
+STOP_INSIDE = '<tool_call>{"name": "погода", "arguments": {"x": "END\n\n"}}</tool_call>'
+OPEN = '<tool_call>{"name": "погода", "arguments": {"x": "a}}</tool_call>'
+STOPPED = [  # text, stop, what is shown of it, how many calls
+    ("EN" + F, "END", "EN", 1),
+    ("EN" + F + "D", "END", "END", 1),  # what a call parts is not joined
+    ("EN" + F + "END", "END", "EN", 1),
+    ("END" + F, "END", "", 0),
+    ("Hi.\n\n" + F, "\n\n", "Hi.", 0),
+    ("Hi.\n" + F + "\n" + F, "\n\n", "Hi.", 2),
+    ("Hi." + F + "\n\n" + F, "\n\n", "Hi.", 1),
+    ("Hi. " + STOP_INSIDE + " Вот", "END", "Hi. Вот", 1),
+    (STOP_INSIDE + STOP_INSIDE, "\n\n", "", 2),
+    ("<think>END</think>\n\n" + F + "\n\n" + F, "\n\n", "", 2),  # nothing visible wakes it
+    ("<think>END</think>\n\nHi.\n\n" + F, "\n\n", "\n\nHi.", 0),
+    ("a EN<tool_call>D" + F, "END", "a EN<tool_call>D", 1),
+    ("a<tool_call>{</tool_call>END" + F, "END", "a<tool_call>{</tool_call>", 0),
+    (OPEN + "a" * 2000 + "END", "END", OPEN + "a" * 2000, 0),
+    (OPEN + F, "END", OPEN, 1),
+]
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 10**6])
+def test_stop_strings_see_what_is_outside_of_calls(size):
+    for text, stop, shown, calls in STOPPED:
+        said, found = parts_of(text, size, [stop])
+        assert (said, len(found)) == (shown, calls), text
+        first, found = parts_of(text, size, [stop], single=True)
+        assert len(found) == min(calls, 1), text
+        assert said.startswith(first), text
+
+
+def test_a_string_that_is_never_closed_silences_for_a_while_only():
+    reply = Reply([], calls=Calls({"погода"}))
+    assert reply.push(OPEN + "a" * 900).answer == ""
+    assert reply.push("b" * 200).answer == OPEN + "a" * 900 + "b" * 200
+    assert reply.push("c").answer == "c"
+    quoting = wrote(weather(код=("</tool_call>" + "a" * 900) * 3))
+    assert len(parts_of(quoting, 50)[1]) == 1
 
 
 def test_no_part_of_a_call_is_shown_while_it_is_written():

@@ -5,9 +5,9 @@ __all__ = ['UNUSED', 'NEUTRAL', 'MESSAGE_UNUSED', 'MESSAGE_NEUTRAL', 'GREEDY_BEL
            'COMPLETION_TOKENS', 'RETRY', 'short', 'among', 'used_fields', 'ToolFunction', 'ToolCall', 'Function',
            'Tool', 'Message', 'TemplateOptions', 'StreamOptions', 'AnswerRequest', 'ChatRequest', 'CompletionRequest',
            'field_table', 'Limits', 'ServiceSettings', 'Refused', 'error_body', 'control_tokens', 'pattern_of',
-           'QuotedTokens', 'ChatPrompt', 'call_row', 'template_row', 'marked_row', 'thoughts_left_out', 'unknown_model',
-           'Service', 'step_row', 'usage_block', 'items_of', 'said', 'call_rows', 'finish_reason', 'answer_head',
-           'whole_answer', 'event_line', 'stream_choice', 'streamed_answer']
+           'QuotedTokens', 'ChatPrompt', 'json_text', 'call_row', 'template_row', 'marked_row', 'thoughts_left_out',
+           'unknown_model', 'Service', 'step_row', 'usage_block', 'items_of', 'said', 'call_rows', 'finish_reason',
+           'answer_head', 'whole_answer', 'event_line', 'stream_choice', 'streamed_answer']
 
 # %% ../nbs/15b_chat_service.ipynb #4ef8c365
 import asyncio
@@ -554,6 +554,16 @@ class ChatPrompt(NamedTuple):
     functions: frozenset[str] = frozenset()  # that the template shows
 
 
+def json_text(rows: list[dict], field: str) -> str:
+    "A field of a request as text; `Refused` where half a surrogate pair is in it."
+    text = json.dumps(rows, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Refused(400, f"{field}: half a character (a lone surrogate) is not text") from None
+    return text
+
+
 def call_row(call: ToolCall) -> dict:
     "A tool call as chat templates expect it: its arguments are an object, where they are one."
     row = call.model_dump()
@@ -561,6 +571,7 @@ def call_row(call: ToolCall) -> dict:
     if isinstance(written, str):
         with suppress(ValueError, RecursionError):
             given = json.loads(written or "{}")
+            json.dumps(given, ensure_ascii=False).encode()  # half a surrogate pair is not text
             if isinstance(given, dict):
                 row["function"]["arguments"] = given
     return row
@@ -693,11 +704,11 @@ class Service:
             quoted = QuotedTokens(self.tok, str(last.content))
             ids = quoted.ids(f"Question: {quoted.mark(last.content)}\nAnswer:")
             return ChatPrompt(ids, left_out=tuple(left_out))
-        written = [message.model_dump_json() for message in messages]
-        quoted = QuotedTokens(self.tok, "".join(written) + json.dumps(shown, ensure_ascii=False))
+        rows = [template_row(message) for message in messages]
+        quoted = QuotedTokens(self.tok, json_text(rows, "messages") + json_text(shown, "tools"))
         functions = frozenset(tool["function"]["name"] for tool in shown)
         shown = quoted.mark(shown)
-        rows = [marked_row(template_row(message), quoted) for message in messages]
+        rows = [marked_row(row, quoted) for row in rows]
         marked = self.rendered(rows, thinking, shown)
         self.check_tool_calls(rows, marked, thinking, shown)
         silent = thoughts_left_out(rows, marked)
