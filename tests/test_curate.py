@@ -78,6 +78,14 @@ WRONG = {
     "slurm": (["rows.jsonl", "--out", "o", "--executor", "slurm"], "partition, time"),
     "tokenizer": (["rows.jsonl", "--out", "o", "--tokenizer", "t"], "tokenizer: no such file"),
     "template": (["rows.jsonl", "--out", "o", "--template", "t"], "chat template: no such file"),
+    "retries that are not whole": (
+        ["rows.jsonl", "--out", "o", "--endpoint", "retries=2.5"],
+        "endpoint: retries: 2.5, where a whole number",
+    ),
+    "a model that is not there": (
+        ["rows.jsonl", "--out", "o", "--dry-run", "--model", "reward=/nope"],
+        "models: reward: '/nope' is neither a folder",
+    ),
     "no rows": (["empty.jsonl", "--out", "o"], "no rows in empty.jsonl"),
     "no run": (["rows.jsonl", "--why", "rows.jsonl:1"], "no finished run"),
 }
@@ -93,6 +101,14 @@ def test_what_is_wrong_is_said_before_work_starts(argv, named, folder, capsys):
     assert end.value.code == 2
     assert named in said and "Traceback" not in said
     assert not Path("o/work").exists()
+
+
+def test_settings_of_endpoints_keep_their_kind():
+    told = dict(retries="2", per_s="3", wait_s="0.5", timeout_s="1e2")
+    line = ["rows.jsonl", *(f"--endpoint={key}={value}" for key, value in told.items())]
+    settings = curate.models_asked(curate.curate_parser().parse_args(line)).endpoint
+    assert settings == dict(retries=2, per_s=3, wait_s=0.5, timeout_s=100)
+    assert isinstance(settings["retries"], int)
 
 
 def test_rows_that_were_never_there(folder, capsys):

@@ -218,7 +218,14 @@ def test_settings_out_of_range_are_refused_by_name(wrong):
 
 @pytest.mark.parametrize(
     "name, given",
-    [("endpoint", dict(per_s=0)), ("semantic", dict(cosin=0.9)), ("zpd", ["gap_low"])],
+    [
+        ("endpoint", dict(per_s=0)),
+        ("endpoint", dict(retries=2.0)),
+        ("endpoint", dict(retries=1.5)),
+        ("endpoint", dict(retries=True)),
+        ("semantic", dict(cosin=0.9)),
+        ("zpd", ["gap_low"]),
+    ],
 )
 def test_dictionaries_of_settings_are_checked_inside(name, given):
     with pytest.raises(UserError, match=name):

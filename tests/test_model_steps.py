@@ -126,10 +126,10 @@ def test_ifd_and_reward_of_a_real_model_are_kept(tmp_path):
     kept = Kept(path)
     model = str(toy("06_midtraining/model"))
     pairs = [("Что значит слово «дом»?", "Жилище."), ("2 + 2?", "4, потому что так."), ("а", "б")]
-    got = model_steps.ifd_values(model, pairs, kept)
+    got = model_steps.ifd_scorer(model, kept)(pairs)
     assert all(0.3 < value < 3 for value in got)
     assert len(kept.got) == 3
-    assert model_steps.ifd_values(model, pairs[::-1], Kept(path)) == got[::-1]
+    assert model_steps.ifd_scorer(model, Kept(path))(pairs[::-1]) == got[::-1]
     rewards = model_steps.scorer(str(toy("08_reward_model/model")), kept)(pairs)
     assert len(rewards) == 3
     assert len(set(rewards)) > 1

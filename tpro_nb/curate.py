@@ -386,7 +386,7 @@ def pairs_of(option: str, given: Sequence[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise UserError(f"{option} {text}: KEY=VALUE was expected")
-        pairs[key] = int(value) if value.isdigit() else value
+        pairs[key] = int(value) if value.isdecimal() else value
     return pairs
 
 
@@ -418,7 +418,7 @@ def models_asked(args: argparse.Namespace) -> ModelsAsked:
     settings: dict[str, float] = {}
     for key, value in pairs_of("--endpoint", args.endpoint).items():
         try:
-            settings[key] = float(value)
+            settings[key] = value if isinstance(value, int) else float(value)
         except ValueError as error:
             raise UserError(f"--endpoint {key}: {value!r} is no number") from error
     return ModelsAsked(pairs_of("--model", args.model), args.best_of, settings)

