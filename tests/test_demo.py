@@ -104,6 +104,8 @@ def test_equality_is_compared_and_a_loss_is_called_one(answer):
     plain, drafted = Written([1, 2], 1.0, []), Written([1, 2], 2.0, [step])
     loss = demo.WrittenTwice("?", [plain], [drafted])
     assert "costs more than it saves" in speed_line([loss])
+    assert "equal: 1 answer, 2 tokens together, once plain" in equality_line([loss])
+    assert "equal: 2 answers, 4 tokens together, 2 times plain" in equality_line([loss, loss])
     other = demo.WrittenTwice("?", [plain], [drafted._replace(tokens=[1, 3])])
     assert "NOT equal: 1 of 2" in equality_line([loss, other])
 
@@ -169,6 +171,27 @@ def test_refused_ports(nothing_fetched, draft, port):
             demo_command(["--port", number, "--draft", str(draft)])
 
 
+def test_a_long_sentence_is_refused_before_work(nothing_fetched, draft):
+    with pytest.raises(UserError, match="1,001 letters"):
+        demo_command(["--once", "--draft", str(draft), "--sentence", "а" * 1001])
+
+
+@pytest.mark.parametrize("typed", [lambda _: "а" * 1001, not_utf8])
+def test_a_typed_sentence_that_is_refused_gives_way_to_the_example(monkeypatch, typed):
+    tok = AutoTokenizer.from_pretrained(MODEL).backend_tokenizer
+    monkeypatch.setattr(demo, "qwen3_tokenizer", lambda: tok)
+    monkeypatch.setattr(demo, "dense_tokenizer", lambda: tok)
+    cut = []
+    monkeypatch.setattr(demo, "split_text", lambda tok, text: cut.append(text) or ["x"])
+    monkeypatch.setattr(demo, "input", typed, raising=False)
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    console = Console(file=io.StringIO(), width=79)
+    demo.show_vocabularies(console, None)
+    said = console.file.getvalue()
+    assert "here is an example" in " ".join(said.split())
+    assert cut == [DEMO_SENTENCE] * 2
+
+
 def no_folder(path):
     pass
 
@@ -231,6 +254,11 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path, draft, cache):
 class NoTerminal(io.StringIO):
     def isatty(self):
         return False
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
 def test_the_whole_of_it_on_a_toy(monkeypatch, capsys, draft):

@@ -290,7 +290,9 @@ def test_texts_without_the_key(tmp_path, rows):
 
 
 @pytest.mark.parametrize("config", ["[]", "{}", '{"model_type": "llama"}', "3"])
-def test_a_folder_that_is_no_draft(tmp_path, config):
-    (tmp_path / "config.json").write_text(config)
-    with pytest.raises(UserError, match=str(tmp_path)):
-        limits.refuse_unreadable_draft(tmp_path)
+def test_a_folder_that_is_no_draft(toy, tmp_path, config):
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    (draft / "config.json").write_text(config)
+    with pytest.raises(UserError, match=str(draft)):
+        limits.limits_command(["safety", str(toy), str(tmp_path / "out"), "--draft", str(draft)])

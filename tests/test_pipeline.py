@@ -448,6 +448,18 @@ def test_forwarded_commands_get_their_own_arguments(monkeypatch, capsys, command
     assert "Traceback" not in errors
 
 
+@pytest.mark.parametrize("command, goes_on", [("run", True), ("grid", True), ("demo", False)])
+def test_ctrl_c_promises_only_what_holds(monkeypatch, capsys, command, goes_on):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_answer", interrupted)
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "toy"])
+    assert end.value.code == 130
+    assert ("goes on where it stopped" in capsys.readouterr().err) == goes_on
+
+
 def test_every_forwarded_command_is_there():
     for command, forwarded in cli.FORWARDED.items():
         assert (Path(cli.__file__).parent / f"{forwarded.module}.py").exists(), command
@@ -597,6 +609,27 @@ def test_a_log_gets_few_lines_of_a_bar(read):
     said = child.communicate(timeout=120)[1].splitlines()
     assert said[0] == "one" and said[-3:] == ["two", "three", "four"]
     assert len(said) < 10
+
+
+LOGGED = [
+    b"error: x\r\nnext\n",
+    b"\x1b[2K\x1b[31mred\x1b[0m\r\n",
+    b"one\n\rbar 1 %\rbar 2 %\x1b[A\r\n\x1b[1;2Hend",
+    b"a \x1b(B b\n[31m\n",
+]
+
+
+@pytest.mark.parametrize("text", LOGGED)
+def test_a_log_is_the_same_however_it_is_read(text):
+    logs = set()
+    for at in range(len(text) + 1):
+        thinner = pipeline.BarThinner(clock=lambda: 0.0)
+        logs.add(thinner.feed(text[:at]) + thinner.feed(text[at:]) + thinner.rest())
+    assert len(logs) == 1
+    thinner = pipeline.BarThinner(clock=lambda: 0.0)
+    letters = [thinner.feed(bytes([letter])) for letter in text]
+    assert b"".join(letters) + thinner.rest() in logs
+    assert b"\x1b[2K" not in logs.pop()
 
 
 def test_a_profile_without_a_stage(chain):

@@ -2047,7 +2047,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'tpro_nb.limits.probe_rates': ('limits.html#probe_rates', 'tpro_nb/limits.py'),
                                 'tpro_nb.limits.refuse_short': ('limits.html#refuse_short', 'tpro_nb/limits.py'),
                                 'tpro_nb.limits.refuse_unreadable': ('limits.html#refuse_unreadable', 'tpro_nb/limits.py'),
-                                'tpro_nb.limits.refuse_unreadable_draft': ('limits.html#refuse_unreadable_draft', 'tpro_nb/limits.py'),
                                 'tpro_nb.limits.responses': ('limits.html#responses', 'tpro_nb/limits.py'),
                                 'tpro_nb.limits.rounded_values': ('limits.html#rounded_values', 'tpro_nb/limits.py'),
                                 'tpro_nb.limits.rows_at': ('limits.html#rows_at', 'tpro_nb/limits.py'),

@@ -32,7 +32,7 @@ from .certificate import save_tokenizer_folder
 from .core import UserError, cache_dir, environment, run_as_command
 from .cost_model import mean_acceptance, verified_tokens
 from .decoder import Decoder
-from .limits import refuse_unreadable_draft
+from .draft_model import check_draft
 from .panes import TokenTexts
 from .paper import tables_folder
 from .playground import PRESETS, playground_command, refuse_taken_port
@@ -83,7 +83,7 @@ def demo_draft(given: str | None) -> Path:
             f"the shipped draft is not in {folder}: install tpro_nb again, or give another draft "
             "of this model with --draft FOLDER"
         )
-    refuse_unreadable_draft(folder)
+    check_draft(folder)
     return folder
 
 # %% ../nbs/15i_demo.ipynb #f9cf6c7e
@@ -215,9 +215,11 @@ def equality_line(answers: list[WrittenTwice]) -> str:
         return f"The texts are NOT equal: {len(different)} of {len(answers)}, as {different[0]!r}."
     compared = sum(len(answer.plain[0].tokens) for answer in answers)
     pairs = sum(len(answer.plain) for answer in answers)
+    many = "1 answer" if len(answers) == 1 else f"{len(answers)} answers"
+    times = "once" if pairs == 1 else f"{pairs} times"
     return (
-        f"The texts are equal: {len(answers)} answers, {compared} tokens together, "
-        f"{pairs} times plain and {pairs} times drafted, compared id by id."
+        f"The texts are equal: {many}, {compared} tokens together, "
+        f"{times} plain and {times} drafted, compared id by id."
     )
 
 
@@ -342,7 +344,11 @@ def show_decoding(console: Console, model: Path, draft: Path, settings: DemoSett
 def show_vocabularies(console: Console, given: str | None) -> None:
     "Print a sentence in both vocabularies."
     ask = input if sys.stdin is not None and sys.stdin.isatty() else None
-    sentence = sentence_from(given, ask)
+    try:
+        sentence = sentence_from(given, ask)
+    except UserError as error:  # of a typed one: `--sentence` was looked at before
+        console.print(Text(f"{error}; here is an example"))
+        sentence = DEMO_SENTENCE
     before, after = qwen3_tokenizer(), dense_tokenizer()
     console.print()
     console.print(two_vocabularies(sentence, before, after))
@@ -363,6 +369,7 @@ def demo_command(argv: list[str] | None = None) -> int:
     asked = demo_parser().parse_args(argv)
     if not asked.once:
         refuse_taken_port(asked.port)
+    sentence_from(asked.sentence, ask=None)  # one that is too long is refused now
     draft = demo_draft(asked.draft)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Cyrillic

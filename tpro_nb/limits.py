@@ -7,8 +7,8 @@ __all__ = ['LIMITS_TREE', 'PROBE_KINDS', 'WILL_NOT', 'TO_HELP', 'OTHER_REFUSALS'
            'ProbeOutcome', 'probe_outcome', 'exact_rate', 'probe_rates', 'changed_outcomes', 'ProbeReply', 'ask_probes',
            'responses', 'safety_summary', 'scaling_name', 'draw_by_position', 'token_range', 'within_training',
            'last_bins', 'long_study', 'tau_study', 'safety_study', 'write_rounded', 'rounded_values', 'limits_parser',
-           'LimitResult', 'refuse_unreadable', 'refuse_unreadable_draft', 'texts_under', 'measure_long', 'measure_tau',
-           'measure_safety', 'rows_at', 'limits_command']
+           'LimitResult', 'refuse_unreadable', 'texts_under', 'measure_long', 'measure_tau', 'measure_safety',
+           'rows_at', 'limits_command']
 
 # %% ../nbs/14e_limits.ipynb #c10a0003
 import argparse
@@ -702,14 +702,6 @@ def refuse_unreadable(folder: str) -> None:
         raise UserError(f"model {folder}: no weights there (*.safetensors)")
 
 
-def refuse_unreadable_draft(folder: Path | str) -> None:
-    "`UserError` unless a folder holds a draft."
-    try:
-        check_draft(folder)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}/config.json is not that of a draft: {error!r}") from error
-
-
 def texts_under(path: str, key: str) -> list[str]:
     "What stands under `key` in the rows of a .jsonl file; `UserError` for a row without."
     texts = []
@@ -792,7 +784,7 @@ def limits_command(argv: list[str] | None = None) -> int:
         raise UserError(f"{out} is a file; give a folder for the table")
     refuse_unreadable(args.model)
     if args.draft:
-        refuse_unreadable_draft(args.draft)
+        check_draft(args.draft)
     rows, conditions = MEASURE[args.what](args, out)
     asked = dict(what=args.what, model=args.model, draft=args.draft or None)
     write_json(out / f"{args.what}.json", asked | conditions)

@@ -125,11 +125,15 @@ class BarThinner:
         self.clock = clock
         self.shown_at = clock()
         self.begun = b""  # what follows the last line
+        self.cut = b""  # the beginning of a line's end or of an escape sequence
         self.drawn_over = False  # it follows a carriage return: it is a bar's state
 
     def feed(self, data: bytes) -> bytes:
         "The lines that are to be kept of these bytes."
         kept = b""
+        data = self.cut + data
+        self.cut = re.search(rb"(\r|\x1b(\[[\d;]*)?)?\Z", data)[0]  # type: ignore[index]
+        data = data.removesuffix(self.cut)
         for part in re.split(rb"(\r\n|\r|\n)", data):
             if part == b"\r":
                 kept += self.state_of_bar()
@@ -154,7 +158,8 @@ class BarThinner:
 
     def rest(self) -> bytes:
         "What the output ended on."
-        return self.begun
+        last = self.begun + self.cut
+        return last if last.strip() else b""
 
 
 def _copy_thinned(source: int, target: int):
