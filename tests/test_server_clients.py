@@ -1070,7 +1070,7 @@ def test_client_open_webui_bodies(svc, url):  # noqa: F811
         [dict(role="user", content=[dict(type="text", text="Привет")])],
     ]
     for messages in chats:
-        asked = dict(stream=True, model="toy", messages=messages, max_tokens=6)
+        asked = dict(stream=True, model="toy", messages=messages, max_tokens=6, seed=1)
         asked |= dict(stream_options=dict(include_usage=True))
         response = httpx.post(f"{url}/v1/chat/completions", json=asked, headers=headers)
         assert response.status_code == 200, response.text
