@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -684,7 +685,8 @@ def test_interrupted_by_hand_it_ends_at_once(tmp_path):
     run = tmp_path / "run"
     args = ["ruMATH-500", file(tmp_path, ROWS), str(run), "--rows", "6"]
     with Stub(silent) as fake:
-        running = command(*args, "--endpoint", fake.name)
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's & leaves it deaf
+        running = command(*args, "--endpoint", fake.name, preexec_fn=heard)
         assert started.wait(120)
         running.send_signal(signal.SIGINT)
         said = running.communicate(timeout=30)[1]
