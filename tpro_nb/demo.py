@@ -87,7 +87,7 @@ def demo_draft(given: str | None) -> Path:
     return folder
 
 # %% ../nbs/15i_demo.ipynb #f9cf6c7e
-DEMO_TREE = (3, 4, 8)  # depth, topk, nodes of what the draft proposes in a step
+DEMO_TREE = (3, 2, 5)  # depth, topk, nodes of a step's proposal, as in the card of the draft
 
 
 class Written(NamedTuple):
