@@ -676,4 +676,4 @@ def ablate_command(argv: list[str] | None = None) -> int:
 
 # %% ../nbs/92b_ablate.ipynb #ab920023
 if __name__ == "__main__" and "__file__" in globals():
-    run_as_command(ablate_command)
+    run_as_command(ablate_command, resumes=True)

@@ -31,7 +31,10 @@ class UserError(Exception):
     "A mistake the user can mend. The message says what, where, and how to mend it."
 
 # %% ../nbs/00a_core.ipynb #e778cfac
-def run_as_command(command: Callable[[], int | None]) -> NoReturn:
+def run_as_command(
+    command: Callable[[], int | None],
+    resumes: bool = False,  # whether a second call goes on with what the first has finished
+) -> NoReturn:
     """Call a chapter's command and leave the process with its status.
 
     2 and one line for a `UserError`, 130 for Ctrl-C, 141 where the reader of a pipe has left.
@@ -46,7 +49,9 @@ def run_as_command(command: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         status, said = 2, str(error)
     except KeyboardInterrupt:
-        status, said = 130, "interrupted; the same command goes on where it stopped"
+        status, said = 130, "interrupted"
+        if resumes:
+            said += "; the same command goes on where it stopped"
     print(said, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(status)

@@ -9,7 +9,6 @@ __all__ = ['PAPER_20', 'PAPER_21', 'PAPER_GREEDY', 'PAPER_BREAK_EVEN', 'FlatShap
            'step_ms', 'ms_per_token', 'sweep_temperatures']
 
 # %% ../nbs/14a_cost_model.ipynb #d31dfd4c
-import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +23,7 @@ from .core import UserError, ratio_ci
 from .decoder import Decoder
 from .draft_model import EagleDraft
 from .paper import paper
-from .target_text import TEMPLATES, domain_topics, fill_template
+from .target_text import TEMPLATES, domain_topics, topic_prompt
 from .torch_engine import chain_rows
 
 # %% ../nbs/14a_cost_model.ipynb #fdbe7f46
@@ -325,18 +324,9 @@ def more_prompts(dev: Sequence, seed: int) -> list[dict]:
     for domain, templates in TEMPLATES.items():
         for number, topic in enumerate(domain_topics(domain, seed)):
             made = []
-            for template_number, template in enumerate(templates):
-                rng = random.Random(f"{seed} {topic} {template_number}")
-                made.append(
-                    dict(
-                        id=f"{domain}-{number}-{template_number}",
-                        prompt=fill_template(template.replace("{t}", topic), rng),
-                        domain=domain,
-                        lang="code" if domain == "code" else "en",
-                        mode="direct",
-                        template=template_number,
-                    )
-                )
+            for template in range(len(templates)):
+                prompt = topic_prompt(domain, topic, template, seed, f"{domain}-{number}")
+                made.append(dict(prompt, template=template))
             if any(row["prompt"] in known for row in made):
                 found += [row for row in made if row["prompt"] not in known]
     return sorted(found, key=itemgetter("template"))

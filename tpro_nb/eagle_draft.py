@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['SAVE_EVERY_S', 'DraftBatch', 'collate', 'rollout_mask', 'draft_losses', 'position_share', 'ahead', 'LossParts',
-           'draft_loss', 'target_model', 'target_matrices', 'RolloutRow', 'rollout', 'HeldOut', 'heldout',
-           'with_features', 'DraftTraining', 'learning_rate', 'DraftLoss', 'training_step', 'FitState', 'texts_of_step',
-           'usable_rows', 'join_group', 'new_draft', 'train_draft', 'key_of', 'target_fingerprint', 'cached_result',
-           'vocabulary_coverage', 'coverage_sizes', 'DraftSettings', 'build_draft', 'plot_training',
-           'percent_with_interval', 'draft_metrics']
+           'draft_loss', 'target_model', 'target_matrices', 'RolloutRow', 'rollout', 'shares_right', 'chain_yield',
+           'HeldOut', 'heldout', 'with_features', 'DraftTraining', 'learning_rate', 'DraftLoss', 'training_step',
+           'FitState', 'texts_of_step', 'usable_rows', 'join_group', 'new_draft', 'train_draft', 'key_of',
+           'target_fingerprint', 'cached_result', 'vocabulary_coverage', 'coverage_sizes', 'DraftSettings',
+           'build_draft', 'plot_training', 'percent_with_interval', 'draft_metrics']
 
 # %% ../nbs/11c_eagle_draft.ipynb #9c4af070
 import hashlib
@@ -244,6 +244,20 @@ def rollout(draft: Any, text: TextRow, emb: Tensor, hot_head: Tensor, depth: int
     return counts
 
 # %% ../nbs/11c_eagle_draft.ipynb #8c80229a
+def shares_right(rows: list[RolloutRow], depth: int) -> list[float]:
+    "Of the guesses at each depth whose chain was right so far, the share that was right again."
+    shares = []
+    for d in range(depth):
+        tries = sum(row["tries"][d] for row in rows)
+        shares.append(sum(row["hits"][d] for row in rows) / max(1, tries))
+    return shares
+
+
+def chain_yield(shares: list[float]) -> float:
+    "1 + p₁ + p₁p₂ + …: tokens that a chain of guesses yields at a position."
+    return 1 + float(np.cumprod(shares).sum())
+
+
 class HeldOut(TypedDict):
     "How often a draft is right on held-out text, shares of 1."
 
@@ -269,15 +283,11 @@ def heldout(
 
     done = [rollout(draft, row, emb, hot_head, depth) for row in sorted(rows, key=number)]
     positions = max(1, sum(row["n"] for row in done))
-    right = []
-    for d in range(depth):
-        tries = sum(row["tries"][d] for row in done)
-        right.append(sum(row["hits"][d] for row in done) / max(1, tries))
     return HeldOut(
         rows=done,
         top1=sum(row["top1"] for row in done) / positions,
         top3=sum(row["top3"] for row in done) / positions,
-        depth=right,
+        depth=shares_right(done, depth),
     )
 
 # %% ../nbs/11c_eagle_draft.ipynb #e3a00006
@@ -785,7 +795,7 @@ def draft_metrics(result: dict) -> dict:
     for name, interval in result["coverage"].items():
         metrics |= percent_with_interval(f"coverage_{name}_pct", interval)
     return metrics | dict(
-        rollout_acceptance_length=round(1 + float(np.cumprod(depth).sum()), 3),
+        rollout_acceptance_length=round(chain_yield(depth), 3),
         draft_train_s=fit["seconds"],
         data_gen_s=round(result["train"]["seconds"] + result["held"]["seconds"], 1),
         data_tokens=result["train"]["new_tokens"],

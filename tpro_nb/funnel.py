@@ -12,9 +12,9 @@ __all__ = ['ROW_SCHEMA', 'OPTIONAL', 'DROPPED_SCHEMA', 'N_BANDS', 'SIGN_SCHEMA',
            'MeasureRows', 'RowMeasures', 'read_measures', 'nearest_out', 'light_rows', 'columns_in_use',
            'choosing_steps', 'choose_rows', 'FunnelPlan', 'FilterRows', 'filter_both', 'tag_step', 'helpful_step',
            'best_step', 'zone_step', 'CountTokens', 'duplicate_steps', 'rewriting_blocks', 'funnel_steps',
-           'statistics_of', 'write_dropped_rows', 'check_sum', 'kept_files', 'rows_by_source', 'plain_number',
-           'language_table', 'summarise', 'asked_of', 'begin_run', 'sbatch_scripts', 'run_funnel', 'licence_step',
-           'coarse_step', 'cleaning_steps', 'without_dropped', 'cleaned_funnel', 'leak_report']
+           'statistics_of', 'write_dropped_rows', 'check_sum', 'kept_files', 'rows_by_source', 'language_table',
+           'summarise', 'asked_of', 'begin_run', 'sbatch_scripts', 'run_funnel', 'licence_step', 'coarse_step',
+           'cleaning_steps', 'without_dropped', 'cleaned_funnel', 'leak_report']
 
 # %% ../nbs/05i_funnel.ipynb #e6cc8330
 import contextlib
@@ -1317,12 +1317,7 @@ def rows_by_source(out: str) -> list[dict]:
         "SELECT source, count(*), sum(kept), sum(dropped) FROM one GROUP BY source ORDER BY source"
     )
     names = ("source", "read", "kept", "dropped")
-    return [dict(zip(names, map(plain_number, values))) for values in found.fetchall()]
-
-
-def plain_number(value: Any) -> Any:
-    "An int for a number of DuckDB's, a text as it is."
-    return value if isinstance(value, str) else int(value)
+    return [dict(zip(names, values)) for values in found.fetchall()]
 
 
 def language_table(counted: Counter[str]) -> dict[str, dict[str, int]]:

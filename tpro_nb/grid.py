@@ -767,4 +767,4 @@ def grid_command(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__" and "__file__" in globals():
-    run_as_command(grid_command)
+    run_as_command(grid_command, resumes=True)

@@ -451,4 +451,4 @@ def public_benchmarks_command(argv: list[str] | None = None) -> int:
 
 # %% ../nbs/10g_public_benchmarks.ipynb #b10a0040
 if __name__ == "__main__" and "__file__" in globals():
-    run_as_command(public_benchmarks_command)
+    run_as_command(public_benchmarks_command, resumes=True)

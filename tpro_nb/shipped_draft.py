@@ -4,8 +4,8 @@
 __all__ = ['SMALL_WORDS', 'OWN_TEMPLATE', 'CARD_TEXT', 'shipped_draft', 'shipped_card', 'new_topics', 'templated_prompts',
            'users_turn', 'asked_by_target', 'heldout_topics', 'development_prompts', 'telling_words', 'apart_from',
            'long_prompts', 'in_own_form', 'fair_plan', 'write_form', 'write_both_forms', 'gathered', 'with_taps',
-           'Trained', 'chain_yield', 'timed_training', 'try_kinds', 'compare_drafts', 'FixedText', 'count_guesses',
-           'markdown_table', 'write_shipped']
+           'Trained', 'timed_training', 'try_kinds', 'compare_drafts', 'FixedText', 'count_guesses', 'markdown_table',
+           'write_shipped']
 
 # %% ../nbs/11d_shipped_draft.ipynb #00001d86
 import random
@@ -27,7 +27,9 @@ from .decontamination import LeakGuard, Protected
 from .draft_model import EagleDraft
 from tpro_nb.eagle_draft import (
     RolloutRow,
+    chain_yield,
     heldout,
+    shares_right,
     target_matrices,
     target_model,
     train_draft,
@@ -43,7 +45,7 @@ from tpro_nb.target_text import (
     TargetPrompt,
     TextRow,
     domain_topics,
-    fill_template,
+    filled_passages,
     general_prompts,
     generate_with_features,
     listed,
@@ -54,6 +56,7 @@ from tpro_nb.target_text import (
     shard_path,
     stop_ids,
     tapped_layers,
+    topic_prompt,
     write_shards,
 )
 
@@ -72,11 +75,7 @@ def new_topics(seed: int, fills: int = 3) -> dict[str, list[str]]:
     "Topics by domain beside those of chapter 11b; each passage to rewrite is filled `fills` times."
     path = tables_folder() / "draft_topics.yaml"
     table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    passages = []
-    for passage in table.pop("passages"):
-        for i in range(fills):
-            rng = random.Random(f"{seed} passage {i} {passage}")
-            passages.append(fill_template(passage, rng))
+    passages = filled_passages(table.pop("passages"), fills, seed)
     topics = {domain: listed(text) for domain, text in table.items()}
     return topics | dict(rewrite=passages)
 
@@ -86,16 +85,9 @@ def templated_prompts(topics: dict[str, list[str]], seed: int) -> list[TargetPro
     prompts = []
     for domain, of_domain in topics.items():
         for number, topic in enumerate(of_domain):
-            for j, template in enumerate(TEMPLATES[domain]):
-                rng = random.Random(f"{seed} {topic} {j}")
-                prompt = TargetPrompt(
-                    id=f"{domain}-long-{number}-{j}",
-                    prompt=fill_template(template.replace("{t}", topic), rng),
-                    domain=domain,
-                    lang="code" if domain == "code" else "en",
-                    mode="direct",
-                )
-                prompts.append(prompt)
+            for template in range(len(TEMPLATES[domain])):
+                name = f"{domain}-long-{number}"
+                prompts.append(topic_prompt(domain, topic, template, seed, name))
     return prompts
 
 # %% ../nbs/11d_shipped_draft.ipynb #b9e191ce
@@ -361,26 +353,17 @@ class Trained(TypedDict):
     chain: float  # yield of a chain of guesses on the development prompts, tokens
 
 
-def chain_yield(rows: Sequence[RolloutRow]) -> float:
-    "1 + p₁ + p₁p₂ + …: tokens that a chain of guesses yields at a position, over texts."
-    right = total = 1.0
-    for depth in range(len(rows[0]["tries"])):
-        tries = sum(row["tries"][depth] for row in rows)
-        right *= sum(row["hits"][depth] for row in rows) / max(1, tries)
-        total += right
-    return total
-
-
 def timed_training(**settings: Any) -> Trained:
     "`train_draft` with its processor time. Runs in a child process."
     began = time.process_time()
     fit = train_draft(**settings)
     first = settings["settings"]["curve_rows"]
     development = [row for row in fit["heldout"]["rows"] if row["row"] < first]
+    shares = shares_right(development, len(fit["heldout"]["depth"]))
     return Trained(
         fit=fit,
         cpu_s=round(time.process_time() - began, 1),
-        chain=round(chain_yield(development), 3),
+        chain=round(chain_yield(shares), 3),
     )
 
 # %% ../nbs/11d_shipped_draft.ipynb #565eb2f3
@@ -442,11 +425,9 @@ def compare_drafts(
             groups[split, prompts[row["row"]]["domain"]].append(row)
         for (split, domain), rows in groups.items():
             line: dict[str, Any] = dict(draft=name, split=split, domain=domain, answers=len(rows))
-            line["chain"] = round(chain_yield(rows), 3)
-            for d in range(depth):
-                tries = sum(row["tries"][d] for row in rows)
-                hits = sum(row["hits"][d] for row in rows)
-                line[f"right_{d + 1}"] = round(hits / max(1, tries), 4)
+            shares = shares_right(rows, depth)
+            line["chain"] = round(chain_yield(shares), 3)
+            line |= {f"right_{d}": round(share, 4) for d, share in enumerate(shares, 1)}
             table.append(line)
     return table
 
