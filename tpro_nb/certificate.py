@@ -117,7 +117,7 @@ NOT_HERE = (
 
 
 def check_byte_level(tok_json: Any) -> None:
-    "A `UserError` unless this is a tokenizer.json of byte-level BPE without byte fallback."
+    "A `UserError` unless this is a tokenizer.json of byte-level BPE."
     if not isinstance(tok_json, dict):
         raise UserError(
             f"this holds a {type(tok_json).__name__}, not a tokenizer: a tokenizer.json is one "
