@@ -521,6 +521,8 @@ def fit(
     trainer.add_callback(Watch(work / "log.jsonl"))
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossBar)
+    # a tied head is saved once, as the embedding; a checkpoint read again misses nothing by it
+    trainer.model._keys_to_ignore_on_save = set(getattr(trainer.model, "all_tied_weights_keys", ()))
     trainer.train(resume_from_checkpoint=last_checkpoint(work))
     check_finite(trainer.model)
     return [row for row in trainer.state.log_history if "loss" in row]
