@@ -389,9 +389,9 @@ def plot_acceptance(
     deep.xaxis.get_major_locator().set_params(integer=True)
     paper = PAPER_GREEDY.acceptance_length
     label = f"paper's average τ, greedy and direct: {paper}"
-    along.axhline(paper, color="k", ls=":", lw=1, label=label)
+    line = along.axhline(paper, color="k", ls=":", lw=1, label=label)
     along.set(xlabel="position in the answer (tokens)", ylabel="acceptance length τ")
-    along.legend(fontsize=8, loc="lower left")
+    along.legend(handles=[line], fontsize=8)  # the colours are the left panel's
     deep.set_title(title, fontsize=9)
 
 # %% ../nbs/14b_speed_figures.ipynb #f6760faf
@@ -521,6 +521,7 @@ def plot_sweeps(axes, infos: dict[str, dict], title: str) -> None:
     vocabs.set(
         xlabel="tokens the draft may propose", ylabel="value (×)", title="draft vocabularies"
     )
+    trees.margins(x=0.1)
     vocabs.margins(x=0.15, y=0.4)
     temperatures.set(xlabel="temperature", ylabel="acceptance length τ", title="temperatures")
     temperatures.margins(x=0.1, y=0.2)
