@@ -198,6 +198,16 @@ def test_training_moves_the_pairs_apart(sft, tmp_path, rank):
     assert "lora" not in str(list((tmp_path / "model").iterdir()))
 
 
+def test_a_tied_head_is_not_reported_as_missing(sft, tmp_path, monkeypatch):
+    "The best checkpoint is read again at the end, and holds a tied head as the embedding alone."
+    said = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda text, *_: said.append(text))
+    result = train(sft, tmp_path, toy_pairs(AutoTokenizer.from_pretrained(sft)), SETTINGS)
+    assert core.read_json(sft / "config.json")["tie_word_embeddings"]
+    assert result["held"] == 2
+    assert not [text for text in said if "missing keys" in text]
+
+
 def test_dataset_keeps_sampled_tokens_and_drops_long_ones(sft):
     _, tok = D.load_model(sft)
     pairs = toy_pairs(tok, 4)
