@@ -2178,6 +2178,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'tpro_nb.panes.read_replay': ('panes.html#read_replay', 'tpro_nb/panes.py'),
                                'tpro_nb.panes.read_stream': ('panes.html#read_stream', 'tpro_nb/panes.py'),
                                'tpro_nb.panes.replay_of_run': ('panes.html#replay_of_run', 'tpro_nb/panes.py'),
+                               'tpro_nb.panes.replay_targets': ('panes.html#replay_targets', 'tpro_nb/panes.py'),
                                'tpro_nb.panes.room_left': ('panes.html#room_left', 'tpro_nb/panes.py'),
                                'tpro_nb.panes.safe_markdown': ('panes.html#safe_markdown', 'tpro_nb/panes.py'),
                                'tpro_nb.panes.said_text': ('panes.html#said_text', 'tpro_nb/panes.py'),

@@ -2,16 +2,17 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'CLOSE', 'PAGE_STYLE', 'BRACKETS', 'ENVIRONMENT', 'MONEY', 'SIGNS', 'ICON', 'WEB', 'COLUMN_RULES', 'WRITERS',
-           'MARGIN', 'SIDES', 'Episodes', 'StepRow', 'TokenSpan', 'drafted_nodes', 'token_spans', 'text_of_rows',
-           'AnswerParts', 'answer_parts', 'answer_html', 'visible_text', 'tree_html', 'group_end', 'inline_formula',
-           'money', 'formula_signs', 'block_formula', 'answer_parser', 'escaped_markdown', 'inside', 'children_text',
-           'write_text', 'write_break', 'formula_text', 'write_inline_formula', 'write_wide_formula',
-           'write_block_formula', 'write_code', 'write_fence', 'write_link', 'write_image', 'write_heading',
-           'write_struck', 'write_table_rows', 'safe_markdown', 'seconds_between', 'acceptance', 'telemetry',
-           'PaneSettings', 'Pane', 'pane_request', 'thought_of', 'read_stream', 'Failure', 'failure_of', 'fill_pane',
-           'fill_panes', 'models_at', 'Exchange', 'said_text', 'history_of', 'room_left', 'TokenTexts', 'LoggedSide',
-           'side_rows', 'episode_rows', 'Playback', 'ReplaySide', 'is_step', 'read_replay', 'shipped_replay',
-           'ReplayTarget', 'LoggedPrompt', 'logged_prompts', 'replay_of_run', 'session_replay']
+           'MARGIN', 'SIDES', 'Episodes', 'BASE_MODEL', 'CHAIN_MODEL', 'StepRow', 'TokenSpan', 'drafted_nodes',
+           'token_spans', 'text_of_rows', 'AnswerParts', 'answer_parts', 'answer_html', 'visible_text', 'tree_html',
+           'group_end', 'inline_formula', 'money', 'formula_signs', 'block_formula', 'answer_parser',
+           'escaped_markdown', 'inside', 'children_text', 'write_text', 'write_break', 'formula_text',
+           'write_inline_formula', 'write_wide_formula', 'write_block_formula', 'write_code', 'write_fence',
+           'write_link', 'write_image', 'write_heading', 'write_struck', 'write_table_rows', 'safe_markdown',
+           'seconds_between', 'acceptance', 'telemetry', 'PaneSettings', 'Pane', 'pane_request', 'thought_of',
+           'read_stream', 'Failure', 'failure_of', 'fill_pane', 'fill_panes', 'models_at', 'Exchange', 'said_text',
+           'history_of', 'room_left', 'TokenTexts', 'LoggedSide', 'side_rows', 'episode_rows', 'Playback', 'ReplaySide',
+           'is_step', 'read_replay', 'shipped_replay', 'ReplayTarget', 'LoggedPrompt', 'replay_targets',
+           'logged_prompts', 'replay_of_run', 'session_replay']
 
 # %% ../nbs/15e_panes.ipynb #585cb07e
 import html
@@ -880,7 +881,7 @@ class ReplayTarget(NamedTuple):
 
     folder: str  # in the run
     name: str  # as the recording calls it
-    tree: str
+    drafted: str  # how it says that a draft helped
 
 
 @dataclass
@@ -904,21 +905,32 @@ class LoggedPrompt:
             model=self.target.name + (" + EAGLE" if drafted else ""),
             mode=self.asked["mode"],
             temperature=0.0,
-            decoding=f"EAGLE, tree {self.target.tree}" if drafted else "plain",
+            decoding=self.target.drafted if drafted else "plain",
             source="tpro_nb chapter 14, batch 1; times are decoder steps, prefill not recorded",
         )
         return LoggedSide(settings, self.events[how])
 
 
-def logged_prompts(run: Path) -> dict[tuple[str, str], LoggedPrompt]:
-    "(target, request) → its prompt and events, for the targets `base` and `chain` of a run."
-    metrics = read_json(run / "14c_eagle_speedup" / "metrics.json")
-    targets = {
-        "base": ReplayTarget("03b_base_model/base", "SmolLM2-135M-Instruct", metrics["tree"]),
+BASE_MODEL = "03b_base_model/base"
+CHAIN_MODEL = "09_dpo/model"
+
+
+def replay_targets(metrics: dict) -> dict[str, ReplayTarget]:
+    "Chapter 14c's targets; the base model with the draft that ships, where it was measured."
+    measured, drafted = "base", f"EAGLE, tree {metrics['tree']}"
+    if tree := metrics.get("shipped_tree"):
+        measured, drafted = "shipped", f"EAGLE with the shipped draft, tree {tree}"
+    return {
+        measured: ReplayTarget(BASE_MODEL, "SmolLM2-135M-Instruct", drafted),
         "chain": ReplayTarget(
-            "09_dpo/model", "SmolLM2-135M, chain 02-09", metrics.get("chain_tree") or ""
+            CHAIN_MODEL, "SmolLM2-135M, chain 02-09", f"EAGLE, tree {metrics.get('chain_tree')}"
         ),
     }
+
+
+def logged_prompts(run: Path) -> dict[tuple[str, str], LoggedPrompt]:
+    "(model's folder, request) → its prompt and events."
+    targets = replay_targets(read_json(run / "14c_eagle_speedup" / "metrics.json"))
     asked = {}
     for name in ("prompts_eval", "chain_prompts_eval"):
         for row in read_jsonl(run / "11c_eagle_draft" / f"{name}.jsonl"):
@@ -927,10 +939,10 @@ def logged_prompts(run: Path) -> dict[tuple[str, str], LoggedPrompt]:
     for event in read_jsonl(run / "14c_eagle_speedup" / "events.jsonl"):
         if event["run"] not in ("plain", "eagle") or event["target"] not in targets:
             continue
-        target, request = event["target"], event["request"]
-        if (target, request) not in logged:
-            logged[target, request] = LoggedPrompt(targets[target], asked[request])
-        logged[target, request].events[event["run"]].append(event)
+        target, request = targets[event["target"]], event["request"]
+        if (target.folder, request) not in logged:
+            logged[target.folder, request] = LoggedPrompt(target, asked[request])
+        logged[target.folder, request].events[event["run"]].append(event)
     return logged
 
 # %% ../nbs/15e_panes.ipynb #99399bfd
@@ -947,11 +959,11 @@ def replay_of_run(
     logged = logged_prompts(run)
     out = []
 
-    def ranked(target: str, **wanted) -> list[tuple[str, str]]:
-        "Keys of a target's prompts, the least speed-up first."
+    def ranked(model: str, **wanted) -> list[tuple[str, str]]:
+        "Keys of a model's prompts, the least speed-up first."
         keys = []
         for key, prompt in logged.items():
-            if key[0] == target and wanted.items() <= prompt.asked.items():
+            if key[0] == model and wanted.items() <= prompt.asked.items():
                 keys.append(key)
         return sorted(keys, key=lambda key: logged[key].speedup())
 
@@ -967,18 +979,18 @@ def replay_of_run(
     def add_pair(name: str, prompt: LoggedPrompt) -> None:
         add(name, prompt.side("plain"), prompt.side("eagle"), prompt)
 
-    if tasks := ranked("chain", domain="Math", mode="think"):
-        target, request = tasks[len(tasks) // 2]
-        think = logged[target, request]
+    if tasks := ranked(CHAIN_MODEL, domain="Math", mode="think"):
+        median = tasks[len(tasks) // 2]
+        think = logged[median]
         add_pair("Задача: без черновика и с ним", think)
-        direct = logged.get(("chain", request.removesuffix("think") + "direct"))
+        direct = logged.get((CHAIN_MODEL, median[1].removesuffix("think") + "direct"))
         if direct:
             name = "Задача: сразу и с размышлением"
             add(name, direct.side("eagle"), think.side("eagle"), direct)
     for domain in domains:
-        if keys := ranked("base", domain=domain):
+        if keys := ranked(BASE_MODEL, domain=domain):
             add_pair(f"{domain}: plain and EAGLE", logged[keys[len(keys) // 2]])
-    if keys := ranked("base"):
+    if keys := ranked(BASE_MODEL):
         worst = logged[keys[0]]
         add_pair(f"the draft at its worst ({worst.asked['domain']})", worst)
     return out
