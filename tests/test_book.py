@@ -1,6 +1,7 @@
 "The reading edition: links are made where they should be, and every chapter has an executed copy."
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -61,3 +62,41 @@ def test_an_executed_copy_lies_there(name):
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output["output_type"] == "error"]
     assert not [output for output in outputs if output.get("name") == "stderr"]
+
+
+@pytest.fixture
+def one_chapter(tmp_path, monkeypatch):
+    "A chapter and its kept copy in a place of their own, and the list of what was run."
+    name = "90a_stages.ipynb"
+    shutil.copy(build.KEPT / name, tmp_path / name)
+    ran: list = []
+    chapters = tmp_path / "chapters"
+    chapters.mkdir()
+    whole = build.read(build.CHAPTERS / name)
+    monkeypatch.setattr(build, "KEPT", tmp_path)
+    monkeypatch.setattr(build, "CHAPTERS", chapters)
+    monkeypatch.setattr(build, "run_examples", ran.append)
+    return whole, chapters / name, ran
+
+
+def test_a_new_sentence_runs_nothing(one_chapter, tmp_path):
+    chapter, place, ran = one_chapter
+    prose = next(cell for cell in chapter.cells if cell.cell_type == "markdown")
+    prose.source += " One sentence more."
+    build.nbformat.write(chapter, place)
+    before = build.read(tmp_path / place.name)
+    made = build.on_toys(place.stem)
+    assert not ran
+    assert any("One sentence more." in cell.source for cell in made.cells)
+    shown = [cell.outputs for cell in made.cells if cell.cell_type == "code"]
+    assert any(shown)
+    assert shown == [cell.outputs for cell in before.cells if cell.cell_type == "code"]
+
+
+def test_new_code_runs_again(one_chapter):
+    chapter, place, ran = one_chapter
+    code = [cell for cell in chapter.cells if cell.cell_type == "code"]
+    code[-1].source += "\nprint(1)"
+    build.nbformat.write(chapter, place)
+    build.on_toys(place.stem)
+    assert len(ran) == 1

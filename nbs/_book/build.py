@@ -41,6 +41,7 @@ PARTS = [  # the last chapter number of a part, and its title
 ]
 SKIPPED = re.compile(r"^#\|\s*(eval:\s*false|notest|gpu)", re.M)
 DIRECTIVE = re.compile(r"^#\|.*\n?", re.M)
+BORROWED_PARAMETERS = "parameters-of-run"  # id of a cell
 
 
 def part_of(name: str) -> str:
@@ -59,11 +60,15 @@ def digest(notebook) -> str:
 
 
 def same_code(notebook, other) -> bool:
-    "Whether two notebooks hold the same code; what papermill injects is left aside."
+    "Whether two notebooks hold the same code; what papermill or a borrowing adds is left aside."
 
     def code(whole) -> list[str]:
         cells = [cell for cell in whole.cells if cell.cell_type == "code"]
-        return [cell.source for cell in cells if "injected-parameters" not in tags_of(cell)]
+        return [
+            cell.source
+            for cell in cells
+            if "injected-parameters" not in tags_of(cell) and cell.get("id") != BORROWED_PARAMETERS
+        ]
 
     return code(notebook) == code(other)
 
@@ -80,13 +85,40 @@ def executed(name: str, run: Path):
 
 
 def on_toys(name: str):
-    "The kept copy whose examples ran on toys; run now where the chapter has changed since."
+    "The kept copy whose examples ran on toys; they run now where the chapter's code has changed."
     chapter = read(CHAPTERS / f"{name}.ipynb")
     made_of = digest(chapter)
     kept = KEPT / f"{name}.ipynb"
-    if kept.exists() and read(kept).metadata.get("tpro_nb", {}).get("digest") == made_of:
-        return read(kept)
-    print(f"running {name}", flush=True)
+    before = read(kept) if kept.exists() else None
+    if before is not None and before.metadata.get("tpro_nb", {}).get("digest") == made_of:
+        return before
+    if before is not None and same_code(before, chapter):
+        copy_outputs(before, chapter)
+    else:
+        print(f"running {name}", flush=True)
+        run_examples(chapter)
+    chapter.metadata["tpro_nb"] = {"digest": made_of}
+    without_noise(chapter)
+    for cell in chapter.cells:
+        cell.metadata.pop("execution", None)
+    borrow_results(chapter, REFERENCE / name)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(chapter, kept)
+    return chapter
+
+
+def copy_outputs(executed_copy, chapter) -> None:
+    "What a chapter's cells showed when their prose was another."
+    chapter.metadata = executed_copy.metadata
+    shown = {cell.id: cell for cell in executed_copy.cells if cell.cell_type == "code"}
+    for cell in chapter.cells:
+        if cell.cell_type == "code":
+            cell.outputs = shown[cell.id].outputs
+            cell.execution_count = shown[cell.id].execution_count
+
+
+def run_examples(chapter) -> None:
+    "Run a chapter's cells in place, but for those of a stage, which want a run."
     whole = list(chapter.cells)
     chapter.cells = [cell for cell in whole if not SKIPPED.search(cell.source)]
     os.environ["TPRO_NB_RUN"] = "none"  # toys, never a run that happens to lie here
@@ -98,14 +130,6 @@ def on_toys(name: str):
         )
         client.execute()
     chapter.cells = whole
-    chapter.metadata["tpro_nb"] = {"digest": made_of}
-    without_noise(chapter)
-    for cell in chapter.cells:
-        cell.metadata.pop("execution", None)
-    borrow_results(chapter, REFERENCE / name)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(chapter, kept)
-    return chapter
 
 
 def borrow_results(chapter, stage: Path) -> None:
@@ -127,7 +151,7 @@ def borrow_results(chapter, stage: Path) -> None:
     after = [place for place, cell in enumerate(chapter.cells) if "parameters" in tags_of(cell)]
     for cell in injected[:1]:
         lead = nbformat.v4.new_markdown_cell("The committed run's own:", id="lead-to-parameters")
-        parameters = nbformat.v4.new_code_cell(cell.source, id="parameters-of-run")
+        parameters = nbformat.v4.new_code_cell(cell.source, id=BORROWED_PARAMETERS)
         chapter.cells[after[0] + 1 : after[0] + 1] = [lead, parameters]
     stamp = json.loads((stage / "stamp.json").read_text(encoding="utf-8"))
     note = (
