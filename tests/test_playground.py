@@ -27,7 +27,7 @@ from streamlit.testing.v1 import AppTest
 from test_server import slow_turns, talkative, wait_until
 
 from tpro_nb.chat_service import Message, Service, ServiceSettings
-from tpro_nb.core import UserError, read_jsonl
+from tpro_nb.core import UserError, read_jsonl, write_json, write_jsonl
 from tpro_nb.panes import (
     SIDES,
     Exchange,
@@ -38,6 +38,7 @@ from tpro_nb.panes import (
     answer_parts,
     fill_pane,
     history_of,
+    logged_prompts,
     read_replay,
     room_left,
     safe_markdown,
@@ -405,6 +406,39 @@ def test_shipped_recording():
         if "plain" in left.head["settings"]["decoding"]:
             # a draft changes no text
             assert text_of_rows(left.rows) == text_of_rows(right.rows)
+
+
+@pytest.mark.parametrize(
+    "metrics, measured, says",
+    [
+        (dict(tree="3x2x5"), "base", "EAGLE, tree 3x2x5"),
+        (
+            dict(tree="3x2x5", shipped_tree="4x1x4"),
+            "shipped",
+            "EAGLE with the shipped draft, tree 4x1x4",
+        ),
+    ],
+)
+def test_a_recording_shows_the_shipped_draft_where_it_was_measured(
+    tmp_path, metrics, measured, says
+):
+    run, draft = tmp_path / "14c_eagle_speedup", tmp_path / "11c_eagle_draft"
+    run.mkdir()
+    draft.mkdir()
+    write_json(run / "metrics.json", metrics)
+    events = [
+        dict(run=how, target=target, request="p1", draft_ms=None, verify_ms=1.0)
+        for target in ("base", "shipped")
+        for how in ("plain", "eagle")
+    ]
+    write_jsonl(run / "events.jsonl", events)
+    asked = dict(id="p1", prompt="Hi", domain="maths", mode="direct")
+    write_jsonl(draft / "prompts_eval.jsonl", [asked])
+    write_jsonl(draft / "chain_prompts_eval.jsonl", [])
+    (prompt,) = logged_prompts(tmp_path).values()
+    assert prompt.events["plain"] == [event for event in events[::2] if event["target"] == measured]
+    assert prompt.side("eagle").settings["decoding"] == says
+    assert prompt.side("plain").settings["decoding"] == "plain"
 
 
 def test_bad_recordings(tmp_path):
