@@ -1100,6 +1100,21 @@ def test_kernels_under_address_and_undefined_sanitizers(tmp_path):
     assert control.returncode != 0 and "AddressSanitizer" in control.stderr
 
 
+@needs_compiler
+@pytest.mark.parametrize("limit", [dict(OMP_THREAD_LIMIT="1"), dict(OMP_DYNAMIC="true"), {}])
+def test_a_pass_waits_for_the_threads_that_came(limit):
+    "OpenMP may grant fewer threads than asked for; a barrier that counts on more never opens."
+    script = Path(__file__).parent / "limited_child.py"
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ | limit,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "equal\n", done.stdout + done.stderr
+
+
 def test_the_decoder_loads_no_trainer():
     "A reader who only decodes waits for torch and for nothing else."
     code = (

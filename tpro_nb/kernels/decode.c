@@ -67,7 +67,7 @@ EXPORT void matmul(const Weight *x, const Weight *w, float *y, int n_rows, int n
                    int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        Thread me = {omp_get_thread_num(), threads, 0, 0};
+        Thread me = {omp_get_thread_num(), omp_get_num_threads(), 0, 0};
         product(x, w, y, n_rows, n_out, n_in, 0, &me);
     }
 }
@@ -76,10 +76,10 @@ EXPORT void matmul(const Weight *x, const Weight *w, float *y, int n_rows, int n
 EXPORT void best(const Weight *x, const Head *head, int n_rows, int n_in, int *out, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        Thread me = {omp_get_thread_num(), threads, 0, 0};
+        Thread me = {omp_get_thread_num(), omp_get_num_threads(), 0, 0};
         product(x, head->weights, head->scores, n_rows, head->n_out, n_in, 0, &me);
 #pragma omp barrier
-        for (int i = me.index; i < n_rows; i += threads)
+        for (int i = me.index; i < n_rows; i += me.count)
             out[i] = argmax(head->scores + (size_t)i * head->n_out, head->real);
     }
 }

@@ -65,7 +65,7 @@ static inline void start_team(Model *model) {
 }
 
 static inline Thread join_team(Model *model) {
-    return (Thread){omp_get_thread_num(), model->threads, 0, &model->barrier};
+    return (Thread){omp_get_thread_num(), omp_get_num_threads(), 0, &model->barrier};
 }
 
 static inline Weight *own_rows(const Model *model, const Thread *me) {

@@ -7,6 +7,7 @@
 #include <omp.h>
 #else
 #define omp_get_thread_num() 0
+#define omp_get_num_threads() 1
 #define omp_get_wtime() 0.
 #endif
 
@@ -19,7 +20,8 @@ typedef struct {
 } Barrier;
 
 typedef struct {
-    int index, count; /* this thread, and how many there are */
+    int index, count; /* this thread, and how many came: fewer than asked for where
+                         OMP_THREAD_LIMIT or OMP_DYNAMIC says so */
     int sense;        /* what the barrier's sense will be when all have arrived */
     Barrier *barrier;
 } Thread;
