@@ -17,7 +17,14 @@ import torch
 from transformers import AutoTokenizer
 
 from tpro_nb import scheduler, server
-from tpro_nb.chat_service import Limits, Message, Service, ServiceSettings
+from tpro_nb.chat_service import (
+    NONCHARACTERS,
+    Limits,
+    Message,
+    Service,
+    ServiceSettings,
+    event_line,
+)
 from tpro_nb.core import UserError, toy_model
 from tpro_nb.decoder import Decoder, common_prefix
 from tpro_nb.draft_model import random_draft
@@ -306,11 +313,29 @@ BAD = {  # status, what is sent (bytes: as it is; a dict: changes of a good body
     "temperature": (400, dict(temperature=-1), "temperature"),
     "nan": (400, b'{"model": "toy", ' + X + b', "temperature": NaN}', "temperature"),
     "top_p": (400, dict(top_p=0), "top_p"),
-    "top_k": (400, dict(top_k=0), "top_k"),
     "top_k sign": (400, dict(top_k=-2), "top_k"),
     "top_k size": (400, dict(top_k=10**30), "top_k"),
     "top_k kind": (400, dict(top_k="many"), "top_k"),
-    "seed": (400, dict(seed=-2), "seed"),
+    "seed": (400, dict(seed=2**63), "seed"),
+    "true tokens": (400, dict(max_tokens=True), "max_tokens"),
+    "true newer tokens": (400, dict(max_completion_tokens=True), "max_completion_tokens"),
+    "false temperature": (400, dict(temperature=False), "temperature"),
+    "half a character in a value": (
+        400,
+        b'{"model": "toy", ' + X + b', "suffix": "\\ud800"}',
+        "suffix",
+    ),
+    "half a character in a name": (
+        400,
+        b'{"model": "toy", ' + X + b', "\\ud800": 1}',
+        "no such field",
+    ),
+    "half a character in a message": (
+        400,
+        b'{"model": "toy", "messages": [{"role": "user", "content": "x", "\\ud800": 1}]}',
+        "no such field",
+    ),
+    "every noncharacter": (400, said_by_user("".join(NONCHARACTERS)), "U+FDD0"),
     "n": (400, dict(n=3), "n"),
     "tools": (400, dict(tools=[dict(type="function")]), "tools"),
     "odd name": (400, b'{"model": "\\udc00", ' + X + b"}", "model"),
@@ -325,7 +350,9 @@ def test_bad_requests_get_their_status_and_a_sentence(svc, url, case):
     response = httpx.post(f"{url}/v1/chat/completions", content=raw, headers=JSON_TYPE, timeout=30)
     assert response.status_code == status, response.text
     error = response.json()["error"]
-    assert error["code"] == status
+    too_long = case in ("huge limit", "long prompt")
+    assert error["code"] == ("context_length_exceeded" if too_long else status)
+    assert ("maximum context length is 256 tokens" in error["message"]) == too_long
     assert says in error["message"]
     assert len(error["message"]) < 600
 
@@ -1011,3 +1038,88 @@ def test_command(folders, monkeypatch, capsys):
 def test_overhead_is_small(svc, url):
     extra = overhead(svc, url, [SUM], 32, 3)
     assert extra["serve_overhead_ms"] < 100  # a toy's own time is too short for a percentage
+
+
+def test_a_chat_that_sets_no_limit_may_fill_the_context(svc, url):
+    for name in ("toy", "toy-plain"):
+        asked = body(model=name, ignore_eos=True)
+        del asked["max_tokens"]
+        usage = post(url, asked).json()["usage"]
+        assert usage["total_tokens"] == 256
+        exact = body(model=name, max_tokens=usage["completion_tokens"], ignore_eos=True)
+        assert post(url, exact).json()["usage"] == usage
+        assert post(url, exact | dict(max_tokens=exact["max_tokens"] + 1)).status_code == 400
+    cards = httpx.get(f"{url}/v1/models").json()["data"]
+    assert [card["max_model_len"] for card in cards] == [256, 256]
+    last = dict(model="toy", prompt=[5] * 255, max_tokens=1)
+    assert httpx.post(f"{url}/v1/completions", json=last).status_code == 200
+    full = httpx.post(f"{url}/v1/completions", json=last | dict(prompt=[5] * 256))
+    assert full.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_context_no_longer_than_the_models_positions(folders):
+    "What the tree needs beside the text is taken from the text where the model ends."
+    svc = service(folders, context=10**6)
+    svc.sched.close()
+    assert svc.context == svc.dec.context - SHAPE[2] - 1
+
+
+def test_a_stream_has_one_time(svc, url):
+    asked = body(max_tokens=40, stream=True, ignore_eos=True)
+    with (
+        slow_turns(svc, 0.1),
+        httpx.stream("POST", f"{url}/v1/chat/completions", json=asked) as got,
+    ):
+        began = time.time()
+        lines = [line for line in got.iter_lines() if line.startswith("data: {")]
+    assert time.time() - began > 1  # it went over a second's end
+    (created,) = {json.loads(line.removeprefix("data: "))["created"] for line in lines}
+    assert 0 <= began - created < 3
+
+
+def test_harmless_numbers_pass(url):
+    plain = answer(post(url, body()))
+    for harmless in (dict(top_k=0), dict(seed=-5), dict(seed=-(2**63)), dict(max_tokens=16.0)):
+        assert answer(post(url, body(**harmless))) == plain
+    hot = dict(temperature=2.0, max_tokens=30)
+    assert answer(post(url, body(**hot, seed=-5))) == answer(post(url, body(**hot, seed=-5)))
+
+
+def test_a_plain_prompt_begins_as_the_caller_says(svc, url, monkeypatch):
+    from tokenizers.processors import TemplateProcessing
+
+    asked = dict(model="toy", prompt="два", max_tokens=1)
+    ids = svc.tok.encode("два")
+    begins = TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    processor = svc.tok.backend_tokenizer.post_processor
+    svc.tok.backend_tokenizer.post_processor = begins
+    try:
+        for special, more in ((None, 1), (True, 1), (False, 0)):
+            sent = asked | dict(add_special_tokens=special)
+            told = httpx.post(f"{url}/v1/completions", json=sent).json()
+            assert told["usage"]["prompt_tokens"] == len(ids) + more
+        assert post(url, body(add_special_tokens=False)).status_code == 200
+        assert post(url, body(add_special_tokens=True)).status_code == 400
+    finally:
+        svc.tok.backend_tokenizer.post_processor = processor
+
+
+def test_a_fault_of_the_server_is_told_in_openais_form(svc, monkeypatch):
+    from fastapi.testclient import TestClient
+
+    def faulty(*_):
+        raise ZeroDivisionError("a secret of the house")
+
+    monkeypatch.setattr(svc, "job", faulty)
+    client = TestClient(server.application(svc), raise_server_exceptions=False)
+    response = client.post("/v1/chat/completions", json=body())
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "server_error"
+    assert "secret" not in response.text
+
+
+def test_ends_of_lines_in_an_answer_stay_inside_their_event():
+    text = "раз\x85два\u2028три\u2029четыре\n"
+    event = event_line(dict(text=text))
+    assert event.splitlines() == [event.rstrip("\n"), ""]
+    assert json.loads(event.removeprefix("data: ")) == dict(text=text)

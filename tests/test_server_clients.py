@@ -112,7 +112,7 @@ HARMFUL = [
     dict(prompt_logprobs=1),
     dict(tempurature=0),
     dict(reasoning_effort="strong"),
-    dict(seed=-2),
+    dict(seed=2**63),
 ]
 
 
@@ -265,6 +265,60 @@ def test_a_template_that_knows_tools_and_thoughts_gets_them(svc, url, monkeypatc
             "prompt_tokens"
         ]
     )
+
+
+def two_calls(*ids):
+    calls = [CALL | dict(id=call_id) for call_id in ids]
+    return dict(role="assistant", content="", tool_calls=calls)
+
+
+def result_of(call_id, text):
+    given = dict(role="tool", content=text)
+    return given if call_id == "" else given | dict(tool_call_id=call_id)
+
+
+RESULTS = [  # ids of two calls, those that their results name, and who comes first; None: refused
+    ("ab", "ab", "первый второй"),
+    ("ab", "ba", "второй первый"),
+    ("ab", ["a", ""], "первый второй"),  # one says nothing: as they come
+    ("ab", ["", "a"], "первый второй"),
+    ("ab", [None, "a"], "первый второй"),
+    ([None, None], "ba", "первый второй"),
+    ("ab", "bb", "первый второй"),
+    ("ab", "ac", None),
+    ("ab", "cd", None),
+    ("aa", "ab", None),
+]
+
+
+@pytest.mark.parametrize("calls, names, order", RESULTS)
+def test_a_result_goes_to_its_call(svc, url, monkeypatch, calls, names, order):  # noqa: F811
+    monkeypatch.setattr(svc.tok, "chat_template", QWEN3.read_text(encoding="utf-8"))
+    results = [result_of(name, text) for name, text in zip(names, ("первый", "второй"))]
+    asked = asked_with(two_calls(*calls), *results)
+    if order is None:
+        assert "tool_call_id" in refusal(post(url, asked))
+        return
+    text = svc.tok.decode(svc.prompt(ChatRequest(**asked).messages, False).ids)
+    assert text.index(order.split()[0]) < text.index(order.split()[1])
+
+
+@pytest.mark.parametrize("depth, passes", [(20, True), (300, True), (480, None), (950, False)])
+def test_deep_tools_are_a_request_not_a_fault(svc, url, monkeypatch, depth, passes):  # noqa: F811
+    monkeypatch.setattr(svc.tok, "chat_template", QWEN3.read_text(encoding="utf-8"))
+    deep = '{"a": ' * depth + "1" + "}" * depth
+    tool = dict(type="function", function=dict(name="f", parameters="DEEP"))
+    arguments = dict(type="function", function=dict(name="f", arguments=deep))
+    called = dict(role="assistant", content="", tool_calls=[arguments])
+    for asked in (body(tools=[tool], max_tokens=1), asked_with(called, USER)):
+        sent = json.dumps(asked).replace('"DEEP"', deep)  # deeper than json.dumps can go
+        kind = {"content-type": "application/json"}
+        response = httpx.post(f"{url}/v1/chat/completions", content=sent, headers=kind, timeout=60)
+        assert response.status_code in (200, 400), response.text
+        if response.status_code == 400:
+            said = response.json()["error"]["message"]
+            assert "deep" in said or "recursion" in said or "context length" in said
+            assert passes is not True or "context length" in said
 
 
 HALVES = [  # a field of a request as JSON, and the words of its refusal; None: it is taken

@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['NEAREST', 'TABLE_2', 'OUTLYING', 'BenchJob', 'BenchCell', 'request_plan', 'stream_body', 'said_something',
-           'timed_answer', 'stream_once', 'BenchSettings', 'check_server', 'claim_bench_folder', 'run_benchmark',
-           'nearest_in_paper', 'PairCondition', 'answered', 'PairedTimes', 'paired_ms', 'rounded', 'speedup_with_ends',
-           'first_token_times', 'outlying', 'benchmark_summary', 'benchmark_tables', 'csv_text', 'draw_speedups',
-           'draw_domains', 'draw_load', 'plot_benchmark', 'what_was_asked', 'bench_study', 'bench_parser',
-           'benchmark_questions', 'check_bench_arguments', 'bench_command']
+           'stream_lines', 'timed_answer', 'stream_once', 'BenchSettings', 'check_server', 'claim_bench_folder',
+           'run_benchmark', 'nearest_in_paper', 'PairCondition', 'answered', 'PairedTimes', 'paired_ms', 'rounded',
+           'speedup_with_ends', 'first_token_times', 'outlying', 'benchmark_summary', 'benchmark_tables', 'csv_text',
+           'draw_speedups', 'draw_domains', 'draw_load', 'plot_benchmark', 'what_was_asked', 'bench_study',
+           'bench_parser', 'benchmark_questions', 'check_bench_arguments', 'bench_command']
 
 # %% ../nbs/15h_benchmark.ipynb #13be0003
 import argparse
@@ -19,6 +19,7 @@ import os
 import time
 import uuid
 from collections import defaultdict
+from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,6 +111,15 @@ def said_something(delta: dict) -> bool:
     return any(delta.get(name) for name in names)
 
 
+async def stream_lines(response) -> AsyncIterator[str]:
+    "Lines of a stream, which end with \\n; httpx would also end them inside of a JSON text."
+    begun = ""
+    async for text in response.aiter_text():
+        *lines, begun = (begun + text).split("\n")
+        for line in lines:
+            yield line.removesuffix("\r")
+
+
 async def timed_answer(response, began: float) -> dict:
     "Seconds, tokens and acceptance length of a stream, or `error`."
     if response.status_code != 200:
@@ -117,7 +127,7 @@ async def timed_answer(response, began: float) -> dict:
         return dict(error=f"status {response.status_code}: {said}")
     first = tokens = None
     info: dict = {}
-    async for line in response.aiter_lines():
+    async for line in stream_lines(response):
         if not line.startswith("data: ") or line == "data: [DONE]":
             continue
         chunk = json.loads(line.removeprefix("data: "))

@@ -2,12 +2,12 @@
 
 # %% auto #0
 __all__ = ['UNUSED', 'NEUTRAL', 'MESSAGE_UNUSED', 'MESSAGE_NEUTRAL', 'GREEDY_BELOW', 'NONCHARACTERS', 'PROBE_TOOL',
-           'COMPLETION_TOKENS', 'RETRY', 'short', 'among', 'used_fields', 'ToolFunction', 'ToolCall', 'Function',
-           'Tool', 'Message', 'TemplateOptions', 'StreamOptions', 'AnswerRequest', 'ChatRequest', 'CompletionRequest',
-           'field_table', 'Limits', 'ServiceSettings', 'Refused', 'error_body', 'control_tokens', 'pattern_of',
-           'QuotedTokens', 'ChatPrompt', 'json_text', 'call_row', 'template_row', 'marked_row', 'thoughts_left_out',
-           'unknown_model', 'Service', 'step_row', 'usage_block', 'items_of', 'said', 'call_rows', 'finish_reason',
-           'answer_head', 'whole_answer', 'event_line', 'stream_choice', 'streamed_answer']
+           'COMPLETION_TOKENS', 'RETRY', 'LINE_ENDS', 'short', 'among', 'used_fields', 'ToolFunction', 'ToolCall',
+           'Function', 'Tool', 'Message', 'TemplateOptions', 'StreamOptions', 'AnswerRequest', 'by_calls',
+           'ChatRequest', 'CompletionRequest', 'field_table', 'Limits', 'ServiceSettings', 'Refused', 'control_tokens',
+           'pattern_of', 'QuotedTokens', 'ChatPrompt', 'json_text', 'call_row', 'template_row', 'marked_row',
+           'thoughts_left_out', 'unknown_model', 'Service', 'step_row', 'usage_block', 'items_of', 'said', 'call_rows',
+           'finish_reason', 'answer_head', 'whole_answer', 'event_line', 'stream_choice', 'streamed_answer']
 
 # %% ../nbs/15b_chat_service.ipynb #4ef8c365
 import asyncio
@@ -19,6 +19,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -99,7 +100,7 @@ NEUTRAL: dict[str, list] = {  # fields that are not done: values, beside null, t
     "no_stop_trim": [False],
     "include_stop_str_in_output": [False],
     "add_generation_prompt": [True],
-    "add_special_tokens": [False],
+    "add_special_tokens": [False],  # of a chat; its template says what stands at the beginning
     "continue_final_message": [False],
     "stream_reasoning": [True],
     "include_reasoning": [True],
@@ -125,7 +126,8 @@ def short(value: Any, most: int = 60) -> str:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except RecursionError:
         text = "something nested very deeply"
-    return text if len(text) <= most else text[:most] + "…"
+    text = text if len(text) <= most else text[:most] + "…"
+    return text.encode("utf-8", "replace").decode()  # half a surrogate pair is not text
 
 
 def among(value: Any, harmless: list) -> bool:
@@ -163,7 +165,6 @@ def used_fields(body: Any, known: Any, unused: dict[str, str], neutral: dict[str
 MESSAGE_UNUSED = {
     "name": "templates have no place for it",
     "id": "of the message",
-    "tool_call_id": "the order of messages says it",
     "annotations": "about the content",
     "provider_specific_fields": "about the content",
     "cache_control": "only saves time",
@@ -225,6 +226,7 @@ class Message(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None  # which call a tool's message answers
     reasoning_content: str | None = None
     reasoning: str | None = None  # the same under another name
     content: str | list[dict] | None = Field(None, validate_default=True)
@@ -291,13 +293,15 @@ class AnswerRequest(BaseModel):
     model: str = Field(max_length=256, description="a name of /v1/models")
     stream: bool | None = Field(False, description="server-sent events")
     stream_options: StreamOptions | None = Field(None, description="`include_usage`")
-    max_tokens: int | None = Field(None, ge=1, description="must fit into the context")
+    max_tokens: int | None = Field(
+        None, ge=1, description="fits into the context; a chat may fill it where this is not said"
+    )
     temperature: float = Field(
         1.0, ge=0, le=2, allow_inf_nan=False, description="0 to 2; 0 is greedy"
     )
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False, description="above 0, to 1")
-    top_k: int = Field(-1, ge=-1, lt=2**31, description="-1: all tokens; SGLang's")
-    seed: int | None = Field(None, ge=-1, lt=2**63, description="-1: another one each time")
+    top_k: int = Field(-1, ge=-1, lt=2**31, description="0 or -1: all tokens; SGLang's")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="-1: another one each time")
     stop: str | list[str] | None = Field(
         None, description="up to 16 strings; they sleep during the thought"
     )
@@ -311,6 +315,13 @@ class AnswerRequest(BaseModel):
     @classmethod
     def nothing_is_lost(cls, body):
         return used_fields(body, cls.model_fields, UNUSED, NEUTRAL)
+
+    @field_validator("max_tokens", "temperature", "top_p", "top_k", "seed", mode="before")
+    @classmethod
+    def a_truth_is_no_number(cls, value):
+        if isinstance(value, bool):
+            raise ValueError("a number is needed here")
+        return value
 
     @field_validator("temperature", "top_p", "top_k", mode="before")
     @classmethod
@@ -328,13 +339,6 @@ class AnswerRequest(BaseModel):
     def any_seed(cls, value):
         return None if value == -1 else value
 
-    @field_validator("top_k")
-    @classmethod
-    def some_candidates(cls, value):
-        if value == 0:
-            raise ValueError("-1 for all tokens, or at least 1")
-        return value
-
     @field_validator("stop")
     @classmethod
     def few_short_stops(cls, value):
@@ -345,6 +349,22 @@ class AnswerRequest(BaseModel):
             if not 0 < len(stop) <= 256:
                 raise ValueError(f"a stop string has 1 to 256 characters, not {len(stop)}")
         return stops
+
+
+def by_calls(calls: list[ToolCall], results: list[Message], place: int) -> list[Message]:
+    """Messages of tools in the order of the calls they name; as they come where one names none.
+
+    `ValueError` for an id that no call has; `place` is that of the first message."""
+    ids = [call.id for call in calls]
+    if None in ids or any(result.tool_call_id is None for result in results):
+        return results
+    for number, result in enumerate(results, place):
+        if result.tool_call_id not in ids:
+            raise ValueError(
+                f"message {number} has tool_call_id {short(result.tool_call_id)}, and no call"
+                f" before it; the calls are {short(ids)}"
+            )
+    return sorted(results, key=lambda result: ids.index(result.tool_call_id))
 
 
 class ChatRequest(AnswerRequest):
@@ -367,17 +387,31 @@ class ChatRequest(AnswerRequest):
         True, description="the thought apart, in `reasoning_content`; SGLang's"
     )
 
+    @field_validator("max_completion_tokens", mode="before")
+    @classmethod
+    def nor_is_it_here(cls, value):
+        return cls.a_truth_is_no_number(value)
+
     @field_validator("messages")
     @classmethod
     def tools_were_called(cls, messages):
-        called = False
-        for place, message in enumerate(messages):
-            if message.role == "tool" and not called:
+        "Results of tools in the order of their calls, which is all that templates go by."
+        in_order = []
+        place = 0
+        while place < len(messages):
+            message = messages[place]
+            if message.role == "tool":
                 raise ValueError(
                     f"message {place} has role 'tool' and no assistant's tool_calls before it"
                 )
-            called = bool(message.tool_calls) or (called and message.role == "tool")
-        return messages
+            place += 1
+            results = []
+            if message.tool_calls:
+                others = messages[place:]
+                results = list(takewhile(lambda other: other.role == "tool", others))
+            in_order += [message, *by_calls(message.tool_calls or [], results, place)]
+            place += len(results)
+        return in_order
 
     @property
     def thinking(self) -> bool:
@@ -406,6 +440,9 @@ class CompletionRequest(AnswerRequest):
     prompt: str | list[str] | list[int] | list[list[int]] = Field(
         description="one text, or its token ids"
     )
+    add_special_tokens: bool | None = Field(
+        True, description="of a plain completion: what its tokenizer begins a text with; vLLM's"
+    )
 
     @field_validator("prompt")
     @classmethod
@@ -430,6 +467,8 @@ def field_table() -> list[dict]:
     for name, why in UNUSED.items():
         rows.append(dict(field=name, treated="without effect", how=why))
     for name, harmless in NEUTRAL.items():
+        if name in fields:
+            continue  # one kind of request knows it
         passes = ", ".join(short(value) for value in harmless)
         how = f"except {passes}" if passes else "except null"
         rows.append(dict(field=name, treated="refused", how=how))
@@ -442,7 +481,6 @@ class Limits:
 
     body: int = 256 * 1024  # bytes
     seconds: float = 600.0  # from arrival to the last token
-    tokens: int = 512  # when a request does not say
     patience: float = 30.0  # seconds that a client may read nothing or say nothing at all
 
 
@@ -470,16 +508,19 @@ class Refused(Exception):
         message: str,
         kind: str = "invalid_request_error",
         headers: dict[str, str] | None = None,
+        code: str = "",  # OpenAI's word for the case, where clients look for one
     ):
         super().__init__(message)
         self.status = status
         self.kind = kind
         self.headers = headers
+        self.code = code
 
-
-def error_body(status: int, message: str, kind: str) -> dict:
-    "OpenAI's form of an error."
-    return dict(error=dict(message=message, type=kind, param=None, code=status))
+    @property
+    def body(self) -> dict:
+        "OpenAI's form of an error."
+        error = dict(message=str(self), type=self.kind, param=None, code=self.code or self.status)
+        return dict(error=error)
 
 # %% ../nbs/15b_chat_service.ipynb #ea33a4f5
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode gives them to nobody
@@ -508,7 +549,11 @@ class QuotedTokens:
     def __init__(self, tok, written: str):
         self.tok = tok
         self.known = control_tokens(tok)
-        self.sign = next(char for char in NONCHARACTERS if char not in written)
+        unused = [char for char in NONCHARACTERS if char not in written]
+        if not unused:
+            message = "messages: U+FDD0 to U+FDEF, which no text has, are all in them"
+            raise Refused(400, message)
+        self.sign = unused[0]
 
     def mark(self, value: Any, but: tuple[str, ...] = ()) -> Any:
         "A text, or a structure of texts, with its control tokens marked; `but`: except those."
@@ -631,14 +676,16 @@ class Service:
 
         self.settings = settings
         self.limits = settings.limits
+        beside_text = 1 + (settings.tree[-1] if settings.draft else 0)  # slots of a step's tree
         self.dec = Decoder(
             settings.model,
             settings.draft,
             dtype=settings.dtype,
-            context=settings.context,
+            context=settings.context + beside_text,
             threads=settings.threads,
             device=settings.device,
         )
+        self.context = self.dec.context - beside_text  # tokens of a prompt and its answer
         self.tok: Any = AutoTokenizer.from_pretrained(settings.model)
         self.name = settings.name or Path(settings.model).resolve().name
         self.models: dict[str, tuple | None] = {self.name: None}  # name → tree
@@ -764,11 +811,21 @@ class Service:
     def prompt_of(self, request: AnswerRequest) -> ChatPrompt:
         "The prompt of either kind of request."
         if isinstance(request, ChatRequest):
-            return self.prompt(request.messages, request.thinking, request.offered)
+            try:
+                return self.prompt(request.messages, request.thinking, request.offered)
+            except RecursionError:
+                message = "messages or tools: something in them is nested too deeply"
+                raise Refused(400, message) from None
         assert isinstance(request, CompletionRequest)
         if isinstance(request.prompt, str):
-            return ChatPrompt(self.tok.encode(request.prompt))
+            special = request.add_special_tokens is not False
+            return ChatPrompt(self.tok.encode(request.prompt, add_special_tokens=special))
         return ChatPrompt(list(request.prompt))  # type: ignore[arg-type] # one list of ids by now
+
+    def too_long(self, why: str) -> Refused:
+        "In the words and with the code by which clients know that they must shorten."
+        message = f"This model's maximum context length is {self.context} tokens; {why}"
+        return Refused(400, message, code="context_length_exceeded")
 
     def job(self, request: AnswerRequest, tell: Callable[[Item], object]) -> Job:
         "A checked job for a request, or `Refused`."
@@ -777,27 +834,25 @@ class Service:
         tree = self.models[request.model]
         prompt = self.prompt_of(request)
         many = len(prompt.ids)
-        room = self.dec.context - (tree[2] + 1 if tree else 1) - many
+        room = self.context - many
         if room < 1:
             its = "with its tools " if prompt.functions else ""
-            raise Refused(
-                400,
-                f"the prompt {its}has {many} tokens and the context holds {self.dec.context}; "
-                "shorten the prompt, or serve with a larger --context",
+            raise self.too_long(
+                f"the prompt {its}has {many}; shorten it, or serve with a larger --context"
             )
         chat = isinstance(request, ChatRequest)
         want = request.max_tokens
-        usual = self.limits.tokens if chat else COMPLETION_TOKENS
+        usual = room if chat else COMPLETION_TOKENS
         if isinstance(request, ChatRequest):
             want = request.max_completion_tokens or want
         if want and want > room:
-            raise Refused(
-                400,
-                f"max_tokens {want}: after a prompt of {many} tokens there is room for {room}",
+            raise self.too_long(
+                f"max_tokens {want}: after a prompt of {many} tokens there is room for {room}"
             )
         seed = request.seed
         if seed is None:
             seed = int.from_bytes(os.urandom(4), "big")
+        seed %= 2**63  # a negative one is as good as any
         asked = TextRequest(
             prompt.ids,
             new=want or min(room, usual),
@@ -930,7 +985,7 @@ def answer_head(request: AnswerRequest, job: Job, kind: str = "") -> dict:
     return dict(
         id=job.id,
         object=f"chat.completion{kind}" if chat else "text_completion",
-        created=int(time.time()),
+        created=job.created,
         model=request.model,
     )
 
@@ -971,9 +1026,12 @@ async def whole_answer(
     return answer
 
 # %% ../nbs/15b_chat_service.ipynb #a9de292a
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # for some readers
+
+
 def event_line(data: dict) -> str:
-    "A server-sent event."
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    "A server-sent event, with nothing in it that any reader takes for the end of a line."
+    return f"data: {json.dumps(data, ensure_ascii=False).translate(LINE_ENDS)}\n\n"
 
 
 def stream_choice(request: AnswerRequest, text: dict, finish: str | None) -> dict:
@@ -1016,5 +1074,5 @@ async def streamed_answer(
         if request.stream_options and request.stream_options.include_usage:
             yield chunk(dict(content=""), usage=usage_block(job), choices=[])
     except Refused as e:
-        yield event_line(error_body(e.status, str(e), e.kind))  # the status line is long gone
+        yield event_line(e.body)  # the status line is long gone
     yield "data: [DONE]\n\n"

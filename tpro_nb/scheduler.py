@@ -543,6 +543,7 @@ class Job:
     left_out: list[str] = field(default_factory=list)  # what the template did not take
     cancelled: bool = False
     # when
+    created: int = field(default_factory=lambda: int(time.time()))  # of the wall clock
     born: float = field(default_factory=time.monotonic)
     began: float = 0.0  # got a place
     first: float = 0.0  # had its first token

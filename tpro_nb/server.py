@@ -33,7 +33,6 @@ from tpro_nb.chat_service import (
     Refused,
     Service,
     ServiceSettings,
-    error_body,
     short,
     streamed_answer,
     unknown_model,
@@ -61,9 +60,11 @@ def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        number = ipaddress.ip_address(host)
     except ValueError:
         return False
+    mapped = getattr(number, "ipv4_mapped", None)  # ::ffff:127.0.0.1
+    return (mapped or number).is_loopback
 
 # %% ../nbs/15c_server.ipynb #fea4ef7c
 class RequestGuard:
@@ -183,7 +184,7 @@ async def refuse(send, why: Refused) -> None:
     for name, value in (why.headers or {}).items():
         headers.append((name.encode(), value.encode()))
     await send(dict(type="http.response.start", status=why.status, headers=headers))
-    text = json.dumps(error_body(why.status, str(why), why.kind))
+    text = json.dumps(why.body)
     await send(dict(type="http.response.body", body=text.encode()))
 
 # %% ../nbs/15c_server.ipynb #e45e88f9
@@ -210,7 +211,7 @@ def server_info(service: Service) -> dict:
         speculative_num_steps=tree and tree[0],
         speculative_eagle_topk=tree and tree[1],
         speculative_num_draft_tokens=tree and tree[2] + 1,
-        context_length=service.dec.context,
+        context_length=service.context,
         dtype=str(service.dec.dtype).removeprefix("torch."),
         engine=service.dec.kind,
         max_running_requests=service.settings.slots,
@@ -346,27 +347,32 @@ def add_error_replies(app) -> None:
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
 
-    def reply(status: int, message: str, kind: str = "invalid_request_error", headers=None):
-        return JSONResponse(error_body(status, message, kind), status_code=status, headers=headers)
+    def reply(why: Refused):
+        return JSONResponse(why.body, status_code=why.status, headers=why.headers)
 
     @app.exception_handler(Refused)
     async def refused(request, e):
-        return reply(e.status, str(e), e.kind, e.headers)
+        return reply(e)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request, e):
         sent = request.headers.get("content-type", "no type")
-        if request.method == "POST" and "json" not in sent.lower():
-            return reply(
-                400, f"the body was sent as {sent[:80]}; send Content-Type: application/json"
-            )
-        return reply(400, findings_sentence(e.errors()))
+        unparsed = isinstance(e.body, bytes) or "json" not in sent.lower()
+        if request.method == "POST" and unparsed:
+            message = f"the body was sent as {sent[:80]}; send Content-Type: application/json"
+            return reply(Refused(400, message))
+        return reply(Refused(400, findings_sentence(e.errors())))
 
     @app.exception_handler(HTTPException)
     async def failed(request, e):
         if e.status_code == 400:
-            return reply(400, unreadable_body(e.__cause__))
-        return reply(e.status_code, f"{e.detail}: {request.method} {request.url.path[:80]}")
+            return reply(Refused(400, unreadable_body(e.__cause__)))
+        message = f"{e.detail}: {request.method} {request.url.path[:80]}"
+        return reply(Refused(e.status_code, message))
+
+    @app.exception_handler(Exception)  # a fault of ours, which goes on to the log
+    async def broken(request, e):
+        return reply(Refused(500, f"a fault of the server: {type(e).__name__}", "server_error"))
 
 # %% ../nbs/15c_server.ipynb #e299a49c
 def application(
@@ -394,7 +400,7 @@ def application(
             object="model",
             created=int(service.started),
             owned_by="tpro_nb",
-            max_model_len=service.dec.context,
+            max_model_len=service.context,
         )
 
     @app.get("/v1/models")
@@ -572,7 +578,7 @@ def server_parser() -> argparse.ArgumentParser:
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000)
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    add("--context", type=int, default=2048, help="tokens a cache holds")
+    add("--context", type=int, default=2048, help="tokens of a prompt and its answer")
     add("--slots", type=int, default=8, help="requests that run at a time")
     add("--queue", type=int, default=64, help="requests that may wait")
     add("--keep", type=int, default=4, help="ended texts kept for their next turn (0: none)")
@@ -652,7 +658,7 @@ def serve(args: argparse.Namespace) -> None:
     shown_host = f"[{args.host}]" if ":" in args.host else args.host
     print(
         f"http://{shown_host}:{port}/v1  models: {', '.join(service.models)}  "
-        f"({service.dec.kind} engine, {args.dtype}, {service.dec.context} tokens of context)",
+        f"({service.dec.kind} engine, {args.dtype}, {service.context} tokens of context)",
         flush=True,
     )
     print(serving_line(service), flush=True)
