@@ -495,6 +495,30 @@ def test_a_sweep_moves_the_language_of_what_is_read_and_nothing_else(corpus):
     assert steps["english40"] == round(base * 0.8)
 
 
+def test_a_cell_whose_speed_cannot_be_measured_keeps_its_other_figures(corpus, monkeypatch):
+    settings, _ = corpus
+    settings = dataclasses.replace(settings, sweep="", speed=True, seeds=[0])
+    run_usual = pipeline.run_stage
+
+    def run_stage(root, stage, params, *more, **how):
+        if stage == cells.SPEED and "VmRD" in params["run_dir"]:
+            raise UserError("no development prompt got an answer of two tokens")
+        return run_usual(root, stage, params, *more, **how)
+
+    def measured(run, speed):
+        return dict(answer_bits=1.0) | (dict(speedup=1.5, acceptance_length=2.0) if speed else {})
+
+    two = [ALL_ON, AblationCell(midtraining=-1)]
+    monkeypatch.setattr(ablate_module, "factorial_cells", lambda: two)
+    monkeypatch.setattr(pipeline, "run_stage", run_stage)
+    monkeypatch.setattr(ablate_module, "cell_responses", measured)
+    told = []
+    rows = ablate(ROOT, settings, say=told.append)
+    assert [row["answer_bits"] for row in rows] == [1.0, 1.0]
+    assert [row["speedup"] for row in rows] == [1.5, None]
+    assert sum("two tokens" in str(line) for line in told) == 1
+
+
 def test_a_share_that_the_corpus_cannot_reach_is_refused_before_training(corpus, monkeypatch):
     settings, asked = corpus
     monkeypatch.setattr(ablate_module, "ENGLISH", (0.0, 95.0))
