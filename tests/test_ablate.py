@@ -79,7 +79,7 @@ def test_switches_change_the_parameters_they_name():
     base = recipe.params
     all_off = AblationCell(-1, -1, -1, -1)
     params = cells.cell_params(recipe, all_off, 3, "outputs/x", more_steps=1.5)
-    assert params["02c_tokenizer_surgery"]["base_swap"] == 1
+    assert params["02c_tokenizer_surgery"]["base_swap"] == 8
     assert params["06_midtraining"]["lr"] == params["09_dpo"]["lr"] == STILL
     assert params["10_evaluation"]["chain"] == ["09_dpo"]
     assert params["06_midtraining"]["steps"] == round(1.5 * base["06_midtraining"]["steps"])
@@ -221,6 +221,8 @@ def test_a_random_reward_head_is_its_own_and_spoils_nobody_elses(toy):
         (["smoke", "--set", "steps=3"], "STAGE.PARAM=VALUE"),
         (["smoke", "--sweep", "german"], "no sweep"),
         (["tpro"], "lacks"),
+        (["smoke", "--seeds", "0", "0"], "--seeds"),
+        (["smoke", "--seeds", "1", "-1"], "--seeds"),
     ],
 )
 def test_mistakes_are_named(args, says):

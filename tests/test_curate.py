@@ -55,7 +55,8 @@ def test_a_run_and_questions_about_its_rows(folder, capsys):
         row: said_by(capsys, "clean", "--why", row) for row in ("rows.jsonl:1", "rows.jsonl:2")
     }
     (gone,) = [text for text in copies.values() if "dropped by exact" in text]
-    assert "it met foreign-" in gone
+    other = "1" if "rows.jsonl:2) dropped" in gone else "2"
+    assert "it met foreign-" in gone and f"(rows.jsonl:{other})" in gone
     again = said_by(capsys, "rows.jsonl", "--protect", "exam.json", "--out", "clean")
     assert "2  kept" in again
 
@@ -87,6 +88,20 @@ WRONG = {
         "models: reward: '/nope' is neither a folder",
     ),
     "no rows": (["empty.jsonl", "--out", "o"], "no rows in empty.jsonl"),
+    "an empty benchmark": (["rows.jsonl", "--out", "o", "--protect", "empty.jsonl"], "protects"),
+    "a key of no benchmark": (
+        ["rows.jsonl", "--out", "o", "--protect-key", "q"],
+        "--protect-key q",
+    ),
+    "slurm's options without slurm": (
+        ["rows.jsonl", "--out", "o", "--slurm", "partition=cpu"],
+        "only --executor slurm",
+    ),
+    "a tokenizer of another kind": (
+        ["rows.jsonl", "--out", "o", "--tokenizer", "rows.jsonl"],
+        "rows.jsonl is no tokenizer.json",
+    ),
+    "no ray": (["rows.jsonl", "--out", "o", "--executor", "ray"], "pip install ray"),
     "no run": (["rows.jsonl", "--why", "rows.jsonl:1"], "no finished run"),
 }
 
@@ -138,3 +153,77 @@ def test_a_folder_that_cannot_hold_the_result_is_refused_by_name(tmp_path):
     for said, options in wrong.items():
         with pytest.raises(UserError, match=said):
             curate.curate_command([str(rows), *options])
+
+
+def copies(text, places):
+    "Rows of one file, the same text at some places."
+    rows = [dict(prompt=f"Вопрос номер {n}: что это?", completion="Ответ.") for n in range(6)]
+    for place in places:
+        rows[place] = dict(prompt=text, completion="Один и тот же ответ на вопрос.")
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("places", [(0, 1), (1, 3), (0, 2, 5), (3, 4, 5)])
+def test_an_exact_copy_met_the_row_that_stayed(folder, capsys, places):
+    text = "Где находится озеро Байкал?"
+    Path("copies.jsonl").write_text(copies(text, places), encoding="utf-8")
+    said_by(capsys, "copies.jsonl", "--out", "clean")
+    told = [said_by(capsys, "clean", "--why", f"copies.jsonl:{place + 1}") for place in places]
+    (stayed,) = [place for place, line in zip(places, told) if ") kept: " in line]
+    for line in told:
+        if ") kept: " not in line:
+            assert f"(copies.jsonl:{stayed + 1})" in line.split("it met")[1]
+
+
+def test_copies_of_two_files_meet_each_other(folder, capsys):
+    for name in ("a", "b"):
+        Path(f"{name}.jsonl").write_text(copies("Где находится Байкал?", [0]), encoding="utf-8")
+    said_by(capsys, "a.jsonl", "b.jsonl", "--out", "clean")
+    told = {name: said_by(capsys, "clean", "--why", f"{name}.jsonl:1") for name in "ab"}
+    (gone,) = [name for name, line in told.items() if "dropped by exact" in line]
+    (stayed,) = set("ab") - {gone}
+    assert f"({stayed}.jsonl:1)" in told[gone].split("it met")[1]
+
+
+def test_a_result_in_the_folder_of_the_rows_goes_on(folder, capsys):
+    Path("exam.json").unlink()
+    for _ in range(2):
+        assert "5  rows read" in said_by(capsys, ".", "--out", "clean")
+    with pytest.raises(UserError, match="the rows lie in that folder"):
+        curate.curate_command([".", "clean/dropped.parquet", "--out", "clean"])
+
+
+def test_rows_edited_since_the_run_began_are_no_old_result(folder, capsys):
+    said_by(capsys, "rows.jsonl", "--out", "clean")
+    Path("rows.jsonl").write_text(
+        Path("rows.jsonl").read_text("utf-8").replace("кот", "кит"), "utf-8"
+    )
+    with pytest.raises(UserError, match="rows.jsonl was written anew"):
+        curate.curate_command(["rows.jsonl", "--out", "clean"])
+    assert "3  kept" in said_by(capsys, "rows.jsonl", "--out", "other")
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        ('{"вопрос": "а", "ответ": "б"}\n'.encode(), "not one row could be read"),
+        ('{"prompt": "а", "completion": "б"}\n'.encode("cp1251"), "not one row could be read"),
+        ('{"prompt": "а", "completion": "б"}\n'.encode("utf-16"), "not one row could be read"),
+        (b'{"prompt": "a", "completion": "b"}\n{"broken\n', ""),
+    ],
+)
+def test_a_source_that_says_nothing_is_no_success(folder, capsys, content, told):
+    Path("other.jsonl").write_bytes(content)
+    status = curate.curate_command(["rows.jsonl", "other.jsonl", "--out", "clean"])
+    said = capsys.readouterr()
+    assert status == (1 if told else None)
+    assert told in said.err and "no row is left" not in said.err
+    alone = curate.curate_command(["other.jsonl", "--out", "alone"])
+    assert alone == status
+    assert ("no row is left" in capsys.readouterr().err) is bool(told)
+
+
+def test_a_reason_keeps_the_numbers_of_names(folder, capsys):
+    Path("other.jsonl").write_bytes('{"prompt": "а", "completion": "б"}\n'.encode("cp1251"))
+    curate.curate_command(["other.jsonl", "--out", "clean"])
+    assert "not UTF-8 (byte #" in capsys.readouterr().out

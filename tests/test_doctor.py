@@ -512,6 +512,31 @@ def test_base_models_are_found_or_named():
 
 
 @pytest.mark.parametrize(
+    "options, named",
+    [
+        (dict(cards=0), "--cards 0"),
+        (dict(cards=-3), "--cards -3"),
+        (dict(card_gb=0.0), "--card-gb 0"),
+        (dict(card_gb=-80.0), "--card-gb -80"),
+        (dict(card_gb=float("nan")), "--card-gb nan"),
+        (dict(card_gb=float("inf")), "--card-gb inf"),
+        (dict(cards=8), "trains on one"),
+    ],
+)
+def test_cards_that_cannot_be_are_refused(options, named):
+    folder = ROOT / "params" / "h100"
+    with pytest.raises(UserError, match=named):
+        doctor.examine(stages.load_params(ROOT, "h100"), folder, **options)
+
+
+@pytest.mark.parametrize("options", [dict(cards=1), dict(card_gb=141.0)])
+def test_cards_that_can_be_are_taken(options):
+    folder = ROOT / "params" / "h100"
+    found = doctor.examine(stages.load_params(ROOT, "h100"), folder, **options)
+    assert not found.problems
+
+
+@pytest.mark.parametrize(
     "arguments, status",
     [
         (["doctor", "h100"], 0),

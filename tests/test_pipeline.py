@@ -173,6 +173,25 @@ def test_a_number_that_several_stages_bear():
         pipeline.choose_stages(known, "1", None)
 
 
+@pytest.mark.parametrize("names", [("", None, None), (None, "", None), (None, None, "")])
+def test_an_empty_name_is_no_stage(names):
+    with pytest.raises(UserError, match="unknown stage ``"):
+        pipeline.choose_stages(["09_dpo", "10_evaluation"], *names)
+
+
+def test_an_end_before_the_start_is_refused():
+    known = ["07_sft", "08_reward_model", "09_dpo"]
+    with pytest.raises(UserError, match="--to 07 is before --from 09"):
+        pipeline.choose_stages(known, None, "09", "07")
+    assert pipeline.choose_stages(known, None, "08", "08") == ["08_reward_model"]
+
+
+@pytest.mark.parametrize("name", ["", "/tmp", "..", "toy/../toy", "."])
+def test_a_path_is_no_profile(chain, name):
+    with pytest.raises(UserError, match="unknown profile"):
+        stages.load_params(chain, name)
+
+
 RUN_TOY = """
 import sys
 from pathlib import Path

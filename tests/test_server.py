@@ -1027,6 +1027,8 @@ def test_command(folders, monkeypatch, capsys):
         (["x", "--seconds", "nan"], "--seconds"),
         (["x", "--seconds", "inf"], "--seconds"),
         (["x", "--threads", "-3"], "--threads"),
+        (["x", "--device", "foo"], "--device foo"),
+        (["x", "--device", "meta"], "--device meta"),
         (["x", "--port", "99999"], "--port"),
         (["no/such/model", "--port", "0"], "no/such/model"),
         ([target, "--draft", draft, "--tree", "0,1,1", "--port", "0"], "tree"),

@@ -670,6 +670,8 @@ def ablate_command(argv: list[str] | None = None) -> int:
     root = project_root()
     if root is None:
         raise UserError("no checkout here: the ablation runs notebooks, so call it inside a clone")
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        raise UserError(f"--seeds {args.seeds}: each once, and none below 0")
     changes = read_changes(args.set)
     name = f"{args.profile}-{args.sweep}" if args.sweep else args.profile
     out = args.out or f"outputs/ablate/{name}"

@@ -73,7 +73,7 @@ StageParams = dict[str, dict[str, Any]]  # stage → its parameters, or some of 
 
 STILL = 1e-7  # a learning rate at which weights hardly move
 OFF: dict[str, StageParams] = dict(
-    vocabulary={SURGERY: dict(base_swap=1)},
+    vocabulary={SURGERY: dict(base_swap=8)},
     midtraining={MIDTRAINING: dict(lr=STILL, lr_min=STILL)},
     reward={},
     dpo={LAST_MODEL: dict(lr=STILL)},

@@ -103,7 +103,8 @@ def cmd_plan(asked: Namespace):
     load_params(root, asked.profile)  # an unknown profile, or a wrong parameter, ends here
     outputs = root / "outputs"
     runs = [outputs / asked.profile, outputs / "reference" / asked.profile]
-    print(plan_text(root / "params" / asked.profile, runs))
+    profile, _, _ = asked.profile.partition("@")  # every seed has the same plan
+    print(plan_text(root / "params" / profile, runs))
 
 
 def cmd_certify(asked: Namespace) -> int:

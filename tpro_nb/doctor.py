@@ -413,6 +413,7 @@ class Training:
     offload: bool = False
     reference: bool = False
     head: bool = True
+    padded: bool = False  # a row may be shorter than its length
     tokens: float | None = None
     steps: int | None = None
     every: int | None = None  # steps between two checkpoints
@@ -480,6 +481,7 @@ def trainings(params: dict[str, Parameters], cards: int) -> list[Training]:
                 offload=kind.stage in OFFLOADING and bool(accelerate),
                 reference=kind.reference,
                 head=kind.head,
+                padded=kind.rows > 1 or own.get("packing") is False,
                 tokens=tokens,
                 steps=None if tokens is None else math.ceil(tokens / step),
                 every=own.get("save_every") or own.get("eval_every"),
@@ -1148,7 +1150,7 @@ def build_trl(params: dict[str, Parameters]) -> tuple[dict[str, str], list[str]]
 def training_hours(training: Training, params: int, plan: Parameters) -> PlanRow:
     "Hours of a training by chapter 16a's planner, with the profile's own utilisation and rates."
     note = "" if training.steps is None else f"{training.steps:,} steps"
-    if note and training.sequences > training.batch:
+    if note and training.padded:
         note += ", rows counted at full length"
     cards = Cards(
         gpus=training.world,
@@ -1186,6 +1188,11 @@ def profile_accelerate(
     "The profile's own file where it is for several processes, with another number of cards."
     own = files.get(PROFILE_FILE)
     if own is None or own.processes == 1:
+        if cards is not None and cards > 1:
+            raise UserError(
+                f"--cards {cards}: this profile trains on one; its {PROFILE_FILE} would have to"
+                " say more, as params/h100x32 does"
+            )
         return None
     if cards is None:
         return own
@@ -1199,6 +1206,10 @@ def examine(
     card_gb: float | None = None,  # 10^9 bytes a card
 ) -> Examination:
     "Examine a profile without running it."
+    if cards is not None and cards < 1:
+        raise UserError(f"--cards {cards}: at least 1")
+    if card_gb is not None and not 0 < card_gb < math.inf:
+        raise UserError(f"--card-gb {card_gb}: a number of GB above 0")
     plan, base_params = params.get("16d_claims", {}), params.get("03b_base_model", {})
     data, serving = params.get("05j_data", {}), params.get("13_serving")
     base = base_params.get("base") or (serving or {}).get("model") or "nano"

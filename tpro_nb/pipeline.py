@@ -267,10 +267,12 @@ def choose_stages(
     stages: list[str], only: str | None, start: str | None, end: str | None = None
 ) -> list[str]:
     "The stages asked for, by any name that `find_stage` knows."
-    if only:
+    if only is not None:
         return [find_stage(only, stages)]
-    first = stages.index(find_stage(start, stages)) if start else 0
-    last = stages.index(find_stage(end, stages)) if end else len(stages) - 1
+    first = 0 if start is None else stages.index(find_stage(start, stages))
+    last = len(stages) - 1 if end is None else stages.index(find_stage(end, stages))
+    if first > last:
+        raise UserError(f"--to {end} is before --from {start}: no stage is between them")
     return stages[first : last + 1]
 
 # %% ../nbs/90c_pipeline.ipynb #b17b8014

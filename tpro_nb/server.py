@@ -4,7 +4,7 @@
 __all__ = ['HOST_HEADER', 'COUNTED', 'LAST_SECONDS', 'host_of', 'is_loopback', 'RequestGuard', 'refuse', 'accept_length',
            'cache_mb', 'server_info', 'prometheus', 'hung_up', 'complete', 'finding', 'findings_sentence',
            'unreadable_body', 'add_error_replies', 'application', 'listen', 'patient_protocol', 'uvicorn_server',
-           'serving', 'server_parser', 'service_settings', 'serving_line', 'serve', 'serve_command']
+           'serving', 'server_parser', 'checked_device', 'service_settings', 'serving_line', 'serve', 'serve_command']
 
 # %% ../nbs/15c_server.ipynb #e2017422
 import argparse
@@ -23,6 +23,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+
+import torch
 
 from tpro_nb.chat_service import (
     RETRY,
@@ -596,6 +598,15 @@ def server_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def checked_device(name: str) -> str:
+    "A device that is here, or a `UserError`."
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: cpu, or cuda")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch finds no GPU here; leave it out for the CPU")
+    return name
+
+
 def service_settings(args: argparse.Namespace) -> ServiceSettings:
     "What the flags say, or a `UserError`."
     for name in ("slots", "queue", "context", "seconds", "body_kb"):
@@ -625,7 +636,7 @@ def service_settings(args: argparse.Namespace) -> ServiceSettings:
         piece=args.piece,
         draft_up_to=args.draft_up_to,
         threads=args.threads,
-        device=args.device,
+        device=checked_device(args.device),
         limits=Limits(args.body_kb * 1024, args.seconds),
     )
 

@@ -161,10 +161,9 @@ def _wrong_parameter(name: str, wanted: str, got: Any) -> str:
 
 # %% ../nbs/90a_stages.ipynb #10032043
 def _profile_folder(root: Path, profile: str) -> Path:
-    folder = root / "params" / profile
-    if folder.is_dir():
-        return folder
     known = sorted(path.name for path in (root / "params").iterdir() if path.is_dir())
+    if profile in known:
+        return root / "params" / profile
     near = difflib.get_close_matches(profile, known, 1)
     hint = f"; did you mean `{near[0]}`?" if near else ""
     raise UserError(f"unknown profile `{profile}`{hint} Profiles: {', '.join(known)}.")
