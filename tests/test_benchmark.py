@@ -112,3 +112,26 @@ def test_failed_requests_are_counted_and_their_partners_left_out(
     averages = benchmark_tables(read_jsonl(out / "requests.jsonl"))["averages"]
     assert averages[0]["prompts"] == 2
     assert averages[0]["failed"] == 2  # once in every round
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (None, "No such file"),
+        ('{"domain": "а", "prompt": "б"}'.encode("cp1251"), "iconv -f CP1251"),
+        (b'["domain"]', "line 1: needs domain and prompt"),
+        (b'{"domain": "code"}', "line 1: needs domain and prompt"),
+        (b"\n", "is empty"),
+        ('{"domain": "а", "prompt": "б\u2028в"}'.encode(), ""),
+    ],
+)
+def test_questions_of_another_kind_are_named(tmp_path, content, told):
+    file = tmp_path / "q.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    if not told:
+        assert benchmark.benchmark_questions(str(file)) == {"а": ["б\u2028в"]}
+        return
+    with pytest.raises(UserError, match=told) as refused:
+        benchmark.benchmark_questions(str(file))
+    assert str(refused.value).startswith("--questions") and "stage" not in str(refused.value)

@@ -556,9 +556,18 @@ def benchmark_questions(path: str) -> dict[str, list[str]]:
     "Domain → questions, of a file or the playground's own; `UserError` for a file of another kind."
     if not path:
         return {domain: questions["ru"] for domain, questions in PRESETS.items()}
+    try:
+        Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--questions {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--questions {path}: not UTF-8 (byte {error.start}); from a Russian Windows it becomes"
+            f" so by iconv -f CP1251 -t UTF-8 {path}"
+        ) from None
     found: dict[str, list[str]] = {}
     for number, row in enumerate(read_jsonl(path), 1):
-        if not row.get("domain") or not row.get("prompt"):
+        if not isinstance(row, dict) or not row.get("domain") or not row.get("prompt"):
             raise UserError(f"--questions {path}, line {number}: needs domain and prompt")
         found.setdefault(row["domain"], []).append(row["prompt"])
     if not found:

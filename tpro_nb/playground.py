@@ -915,6 +915,8 @@ def page_config(args: argparse.Namespace) -> tuple[dict, ServedPair | None]:
     if tmath.exists():
         config["tmath"] = str(tmath)
     if args.replay:
+        if not Path(args.replay).is_file():
+            raise UserError(f"--replay {args.replay}: no such file")
         read_replay(args.replay)
         config["replay"] = str(Path(args.replay).resolve())
     if args.left or args.right:
