@@ -12,10 +12,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from stub_server import Said, Stub, asked_text, in_turn
 
 from tpro_nb import public_benchmarks
-from tpro_nb.arena import arena_rates, judge_answers, read_arena_verdict
+from tpro_nb.arena import (
+    arena_rates,
+    baseline_answers,
+    first_answers,
+    judge_answers,
+    length_controlled,
+    read_arena_verdict,
+)
 from tpro_nb.benchmark_answers import AskSettings, ask_endpoint, ask_folder, claim_folder
 from tpro_nb.benchmark_files import (
     CHOICE_LETTERS,
@@ -26,13 +34,14 @@ from tpro_nb.benchmark_files import (
     load_mera,
     model_registry,
     paper_figure,
+    unread_keys,
 )
 from tpro_nb.benchmark_scores import paired_against, rescore, submission
 from tpro_nb.client import read_reply
 from tpro_nb.core import UserError, read_json, read_jsonl, toy_model, write_jsonl
 from tpro_nb.evaluation import ScoreInterval
 from tpro_nb.grader import KeyedReply, grade, grade_letter
-from tpro_nb.harness import lm_eval_task, reply_is_right, run_lm_eval
+from tpro_nb.harness import harness_model, harness_scores, lm_eval_task, reply_is_right, run_lm_eval
 from tpro_nb.public_benchmarks import public_benchmarks_command
 
 SETS, MODELS = benchmark_registry(), model_registry()
@@ -1011,3 +1020,278 @@ def test_lm_eval_scores_a_right_answer_as_right(offline_lm_eval, tmp_path):
         with Stub(AnswersAfter(problems, wrong)) as fake:
             scores = run_lm_eval([task], tmp_path / "tasks", fake.name)[task]
         assert scores["correct"].mean == (not wrong)
+
+
+NO_IDS = dict(id="", question="question", answer="answer")
+KEYS = [  # as files give them, and what is graded by; None: refused
+    ("72", "72"),
+    (72, "72"),
+    (7.5, "7.5"),
+    (["72"], "72"),
+    ("48/2=<<48/2=24>>24 так\n#### 72", "72"),
+    ("\\frac{1}{2}", "\\frac{1}{2}"),
+    (["72", "73"], None),
+    ({"ground_truth": "72"}, None),
+    (True, None),
+    (float("nan"), None),
+    ([["72"]], None),
+]
+
+
+@pytest.mark.parametrize("given, key", KEYS, ids=lambda value: str(value)[:30])
+def test_a_key_is_one_number_or_text(tmp_path, given, key):
+    path = file(tmp_path, [dict(question="Сколько?", answer=given)])
+    if key is None:
+        with pytest.raises(UserError, match="one number or text"):
+            load_benchmark(MATH, path, NO_IDS, 0)
+        return
+    (problem,) = problems = load_benchmark(MATH, path, NO_IDS, 0)
+    assert problem["verifiable_answer"] == key
+    assert not unread_keys(MATH, problems)
+
+
+def test_keys_that_nothing_reads_are_told(tmp_path, capsys):
+    questions = file(tmp_path, [*ROWS[:5], ROWS[5] | dict(answer="1}{")])
+    with Stub(good) as fake:
+        line = ["ruMATH-500", questions, str(tmp_path / "run"), "--rows", "6"]
+        assert public_benchmarks_command([*line, "--endpoint", fake.name]) == 0
+    assert "nothing reads 1 of the keys" in capsys.readouterr().out
+
+
+CHOICES = [  # options and key as files give them, and the options and letter; None: refused
+    (["да", "нет"], "B", ["да", "нет"], "B"),
+    (["да", "нет"], 1, ["да", "нет"], "B"),
+    ({"A": "да", "B": "нет"}, "B", ["да", "нет"], "B"),
+    ({"text": ["да", "нет"], "label": ["1", "2"]}, "2", ["да", "нет"], "B"),
+    ([3, 4.5], "A", ["3", "4.5"], "A"),
+    (["да", "нет"], "AB", None, None),
+    (["да", "нет"], True, None, None),
+    (["да", "нет"], 2, None, None),
+    ("['да', 'нет']", "A", None, None),
+    (["да", None], "A", None, None),
+    ([str(option) for option in range(11)], "A", None, None),
+]
+
+
+@pytest.mark.parametrize("options, key, texts, letter", CHOICES)
+def test_options_are_what_the_model_sees(tmp_path, options, key, texts, letter):
+    row = dict(question_id=1, question="Верно?", options=options, answer=key)
+    path = file(tmp_path, [row])
+    if texts is None:
+        with pytest.raises(UserError, match="option"):
+            load_benchmark(MMLU, path, None, 0)
+        return
+    (problem,) = load_benchmark(MMLU, path, None, 0)
+    assert (problem["options"], problem["verifiable_answer"]) == (texts, letter)
+    assert f"B) {texts[1]}" in problem["question"]
+
+
+def test_one_stem_with_other_options_is_another_question(tmp_path):
+    rows = [
+        dict(question="Что верно?", options=pair, answer="A") for pair in (["а", "б"], ["в", "г"])
+    ]
+    first, second = load_benchmark(MMLU, file(tmp_path, rows), dict(id=""), 0)
+    assert first["problem_id"] != second["problem_id"]
+    with pytest.raises(UserError, match="twice"):
+        load_benchmark(MMLU, file(tmp_path, rows[:1] * 2), dict(id=""), 0)
+
+
+def test_a_question_may_be_a_conversation_of_one_message(tmp_path):
+    asked = [dict(role="user", content="2 + 2?")]
+    (problem,) = load_benchmark(MATH, file(tmp_path, [dict(question=asked, answer="4")]), NO_IDS, 0)
+    assert "2 + 2?" in problem["question"] and "role" not in problem["question"]
+    longer = [*asked, dict(role="assistant", content="4"), dict(role="user", content="А 3 + 3?")]
+    with pytest.raises(UserError, match="one question is asked"):
+        load_benchmark(MATH, file(tmp_path, [dict(question=longer, answer="6")]), NO_IDS, 0)
+    two_turns = dict(question_id="q", turns=[dict(content="Раз?"), dict(content="Два?")])
+    with pytest.raises(UserError, match="one question is asked"):
+        load_arena(file(tmp_path, [two_turns]))
+
+
+@pytest.mark.parametrize(
+    "splits, read",
+    [(("test",), "test"), (("train", "test"), "test"), (("train",), "train"), (("a", "b"), None)],
+)
+def test_a_folder_gives_its_test_split(tmp_path, splits, read):
+    import pandas as pd
+
+    folder = tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    metadata = "---\nconfigs:\n- config_name: default\n  data_files:\n"
+    for split in splits:
+        rows = [math_row(i) | dict(unique_id=f"{split}{i}") for i in range(2)]
+        pd.DataFrame(rows).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+        metadata += f"  - split: {split}\n    path: data/{split}-*.parquet\n"
+    (folder / "README.md").write_text(metadata + "---\n")
+    if read is None:
+        with pytest.raises(UserError, match="no split is called test"):
+            load_benchmark(MATH, str(folder), None, 2)
+        return
+    problems = load_benchmark(MATH, str(folder), None, 2)
+    assert [problem["problem_id"] for problem in problems] == [
+        f"ruMATH-500-{read}{i}" for i in range(2)
+    ]
+
+
+def test_a_comparison_counts_what_the_score_counted(tmp_path):
+    with Stub(good) as fake, Stub(always_two) as poor:
+        ask_math(tmp_path, "a", fake.name, samples=2)
+        ask_math(tmp_path, "b", poor.name, samples=1)
+    for run in ("a", "b"):  # half of b's answers are lost, and a's second samples are wrong
+        rows = read_jsonl(tmp_path / run / "samples.jsonl")
+        kept = [row for row in rows if run == "a" or int(row["problem_id"][-1]) < 3]
+        for row in kept:
+            if row["sample"] == 1:
+                row["response"] = "\\boxed{99}"
+        write_jsonl(tmp_path / run / "samples.jsonl", kept)
+    folders = (tmp_path / "a", tmp_path / "b")
+    test = paired_against(MATH, math(tmp_path), *folders, k=1, missing_is_wrong=True)
+    assert test.diff == pytest.approx(500 / 6)  # b is right once
+    with pytest.raises(UserError, match="missing"):
+        paired_against(MATH, math(tmp_path), *folders, k=1)
+
+
+def test_every_filter_of_lm_eval_has_a_figure_of_its_own():
+    def row(name, value):
+        return dict(doc={}, filter=name, metrics=["exact_match"], exact_match=value)
+
+    two = [row("strict-match", 0.0)] * 10 + [row("flexible-extract", 1.0)] * 10
+    scores = harness_scores(two)
+    assert [score.mean for score in scores.values()] == [0, 1]
+    assert list(scores) == ["exact_match, strict-match", "exact_match, flexible-extract"]
+    assert list(harness_scores(two[:10])) == ["exact_match"]
+
+
+@pytest.mark.parametrize("url", ["http://h/v1", " http://h/v1/", "http://h/v1/chat/completions"])
+def test_lm_eval_finds_the_endpoint(url):
+    told = harness_model(f"{url} модель")["model_args"]
+    assert told["base_url"] == "http://h/v1/chat/completions"
+    assert told["model"] == "модель"
+
+
+@pytest.mark.parametrize(
+    "longer, low, high",
+    [
+        (np.full(300, 50), 0.666, 0.668),
+        (np.full(300, -50), 0.666, 0.668),
+        (np.random.default_rng(0).normal(1000, 100, 300), 0.6, 0.75),
+        (np.zeros(300), 0.666, 0.668),
+    ],
+)
+def test_lengths_that_say_nothing_take_nothing_away(longer, low, high):
+    won = np.random.default_rng(1).permutation(np.r_[np.ones(200), np.zeros(100)])
+    assert low < length_controlled(won, longer) < high
+
+
+def verdicts_of(pairs) -> list[dict]:
+    rows = []
+    for prompt, verdicts in enumerate(pairs):
+        for order, verdict in zip(("model_first", "baseline_first"), verdicts):
+            row = dict(prompt_id=str(prompt), order=order, verdict=verdict)
+            rows.append(row | dict(model_chars=90 + prompt, baseline_chars=50))
+    return rows
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [("A>B", "B>A")] * 5,  # won every time
+        [("A=B", "A=B")] * 5,
+        [("A>B", "A>B")] * 5,  # whoever stands first
+        [("A>B", "A>B")],
+        [("A>B", "B>A")],
+    ],
+)
+def test_few_judgements_that_do_not_vary_have_wide_intervals(pairs):
+    rates = arena_rates(verdicts_of(pairs), resamples=20)
+    for name in ("win_pct", "lc_win_pct"):
+        low, high = rates[f"{name}_lo"], rates[f"{name}_hi"]
+        assert low <= rates[name] + 1e-6 and rates[name] - 1e-6 <= high
+        assert high - low > 20
+    json.dumps(rates, allow_nan=False)
+
+
+SPELT = {  # a judge's words, and the verdict
+    "[[А>В]]": "A>B",
+    "[[A > B]]": "A>B",
+    "[[**A>>B**]]": "A>>B",
+    "[[A\\>B]]": "A>B",
+    "[[A<B]]": "B>A",
+    "[[A<<B]]": "B>>A",
+    "[[A==B]]": "A=B",
+    "[[b>a]]": "B>A",
+    "см. [[сноска]], итог [[B>A]]": "B>A",
+    "[[A>>>B]]": "",
+    "[[A>B]] или [[B>A]]": "",
+    "[[A]]": "",
+    "[A>B]": "",
+}
+
+
+@pytest.mark.parametrize("said", SPELT)
+def test_a_verdict_in_other_letters(said):
+    reply = dict(choices=[dict(message=dict(content=said), finish_reason="stop")])
+    if not SPELT[said]:
+        with pytest.raises(ValueError, match="no single verdict"):
+            read_arena_verdict(reply)
+        return
+    assert read_arena_verdict(reply) == SPELT[said]
+    reply["choices"][0]["finish_reason"] = "length"
+    with pytest.raises(ValueError, match="cut off"):
+        read_arena_verdict(reply)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        dict(answer=None),
+        dict(answer=dict(answer=None)),
+        dict(messages=[dict(role="assistant", content=None)]),
+        dict(messages=[dict(role="user", content="вопрос")]),
+        dict(answer="<think>только мысль"),
+    ],
+)
+def test_a_baseline_that_says_nothing_is_no_answer(tmp_path, answer):
+    problems = load_arena(file(tmp_path, [arena_row(0)]))
+    path = file(tmp_path, [dict(uid="q0") | answer], "base.jsonl")
+    with pytest.raises(UserError, match="no answer to 1"):
+        baseline_answers(path, problems)
+
+
+@pytest.mark.parametrize(
+    "mode, finished, text, said",
+    [
+        ("think", False, "Так, спрашивают про", ""),
+        ("think", False, "<think>Так</think>Ответ", "Ответ"),
+        ("think", True, "Ответ", "Ответ"),
+        ("direct", False, "Ответ, который обор", "Ответ, который обор"),
+    ],
+)
+def test_a_thought_cut_by_the_limit_is_no_answer(tmp_path, mode, finished, text, said):
+    problems = load_arena(file(tmp_path, [arena_row(0)]))
+    sample = dict(problem_id="arena-q0", sample=0, response=text, finished=finished, mode=mode)
+    (tmp_path / "run").mkdir()
+    write_jsonl(tmp_path / "run" / "samples.jsonl", [sample])
+    assert first_answers(tmp_path / "run", problems) == {"arena-q0": said}
+
+
+@pytest.mark.parametrize(
+    "outputs, key",
+    [("", ""), (None, ""), (0, "0"), (["Москва"], None), ([dict(segment="Москва")], "Москва")],
+)
+def test_what_mera_calls_outputs(tmp_path, outputs, key):
+    path = file(tmp_path, [mera_row(0) | dict(outputs=outputs)])
+    if key is None:
+        with pytest.raises(UserError, match="no single answer"):
+            load_mera(path)
+        return
+    assert load_mera(path)[0]["verifiable_answer"] == key
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), Stub(good) as fake:
+        with pytest.raises(UserError, match="another process"):
+            math_command(tmp_path, "run", "--endpoint", fake.name)
+    with Stub(good) as fake:
+        assert math_command(tmp_path, "run", "--endpoint", fake.name) == 0

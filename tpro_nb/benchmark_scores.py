@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from .benchmark_answers import run_sheet
+from .benchmark_answers import cut_in_thought, run_sheet
 from .benchmark_files import SET_KINDS, Benchmark
 from .core import UserError, read_json, write_json
 from tpro_nb.evaluation import (
@@ -131,11 +131,16 @@ def rescore(
 
 # %% ../nbs/10d_benchmark_scores.ipynb #b10a0042
 def paired_against(
-    benchmark: Benchmark, problems: list[dict], one: Path, other: Path
+    benchmark: Benchmark,
+    problems: list[dict],
+    one: Path,
+    other: Path,
+    k: int = 0,  # first samples of each question; 0: all that there are
+    missing_is_wrong: bool = False,
 ) -> PairedDifference:
     "Paired difference of two runs' avg@k on the same questions, one − other, in points."
-    ours = by_problem(rescore(benchmark, problems, one)[1])
-    theirs = by_problem(rescore(benchmark, problems, other)[1])
+    ours = by_problem(rescore(benchmark, problems, one, k, missing_is_wrong)[1])
+    theirs = by_problem(rescore(benchmark, problems, other, k, missing_is_wrong)[1])
     test = paired(list(ours.values()), [theirs[problem] for problem in ours])
     return test._replace(
         diff=100 * test.diff,
@@ -156,7 +161,7 @@ def submission(
     said = {}
     for row in whole_lines(Path(out) / "samples.jsonl"):
         if row["sample"] == 0:
-            said[row["problem_id"]] = last_words(row["response"])
+            said[row["problem_id"]] = "" if cut_in_thought(row) else last_words(row["response"])
     asked = [problem["problem_id"] for problem in problems]
     if lost := [name for name in asked if name not in said]:
         raise UserError(

@@ -92,18 +92,24 @@ def harness_scores(rows: list[dict]) -> dict[str, ScoreInterval]:
     "Metric → mean with its interval, from one task's samples."
     if of_our_task(rows[0]):
         return dict(correct=accuracy([reply_is_right(row) for row in rows]))
+    by_filter: dict[str, list[dict]] = {}  # lm-eval logs a row for each way of reading a reply
+    for row in rows:
+        by_filter.setdefault(row.get("filter", "none"), []).append(row)
     scores = {}
-    for name in rows[0]["metrics"]:
-        scores[name] = accuracy([row[name] for row in rows])
+    for filter_name, read in by_filter.items():
+        for name in read[0]["metrics"]:
+            told = name if len(by_filter) == 1 else f"{name}, {filter_name}"
+            scores[told] = accuracy([row[name] for row in read])
     return scores
 
 # %% ../nbs/10e_harness.ipynb #c1b10001
 def harness_model(model: str) -> dict:
     "lm-eval's arguments for a folder or hub id, or for an endpoint `URL model`."
     if "://" in model:
-        url, _, name = model.partition(" ")
+        url, _, name = model.strip().partition(" ")
+        url = url.rstrip("/").removesuffix("/chat/completions")
         arguments = dict(
-            base_url=url.rstrip("/") + "/chat/completions",
+            base_url=url + "/chat/completions",
             model=name,
             tokenized_requests=False,
             tokenizer_backend=None,

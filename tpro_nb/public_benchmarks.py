@@ -4,12 +4,17 @@
 __all__ = ['EXAMPLES', 'FIGURE_MEANS', 'entry_text', 'registry_text', 'network_arguments', 'benchmark_arguments', 'fields_of',
            'percent_with_ends', 'network_of', 'finish_judged', 'asked_text', 'score_rows', 'verdict_rows',
            'columns_text', 'score_text', 'score_warnings', 'compare_with', 'graded_rows', 'finish_run',
-           'finish_lm_eval', 'check_benchmark_arguments', 'public_benchmarks_command']
+           'finish_lm_eval', 'check_benchmark_arguments', 'public_benchmarks_command', 'unread_text', 'folder_lock',
+           'ask_and_finish']
 
 # %% ../nbs/10g_public_benchmarks.ipynb #10f0d003
 import argparse
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from .arena import judge_answers
 from tpro_nb.benchmark_answers import (
@@ -26,6 +31,7 @@ from tpro_nb.benchmark_files import (
     load_benchmark,
     model_registry,
     paper_figure,
+    unread_keys,
 )
 from .benchmark_scores import RUN_VERDICTS, paired_against, rescore, submission
 from .client import ServerGone
@@ -213,7 +219,7 @@ def finish_judged(
     rates = judge_answers(problems, out, args.baseline, args.judge, **network_of(args))
     write_json(out / "score.json", rates)
     print(
-        f"{benchmark.id} {args.model or args.endpoint.split()[-1]}: "
+        f"{benchmark.id} {args.model or args.endpoint.partition(' ')[2] or args.path}: "
         f"wins {percent_with_ends(rates, 'win_pct')}, "
         f"at equal length {percent_with_ends(rates, 'lc_win_pct')}, "
         f"first place favoured {rates['first_place_pct']:.0f} %, judge {rates['judge']}"
@@ -304,9 +310,18 @@ def score_warnings(line: dict, max_tokens: int) -> list[str]:
     return told
 
 
-def compare_with(benchmark: Benchmark, problems: list[dict], out: Path, other: str) -> None:
+def compare_with(
+    benchmark: Benchmark,
+    problems: list[dict],
+    out: Path,
+    other: str,
+    k: int,  # first samples of a question, of both
+    missing_is_wrong: bool,
+) -> None:
     "Pair a run with another one, write against.json, print the difference."
-    test = paired_against(benchmark, problems, out, Path(other))
+    if len(problems) < 2:
+        raise UserError(f"--against {other}: one question pairs with nothing")
+    test = paired_against(benchmark, problems, out, Path(other), k, missing_is_wrong)
     write_json(out / "against.json", test._asdict() | dict(other=other))
     detectable = "every problem differs by the same, so nothing tells the noise"
     if test.mdd is not None:
@@ -354,7 +369,7 @@ def finish_run(
         print(f"WARNING: {warning}")
     print(f"why: {out / 'graded.jsonl'}")
     if args.against:
-        compare_with(benchmark, problems, out, args.against)
+        compare_with(benchmark, problems, out, args.against, k, args.missing_is_wrong)
 
 
 def finish_lm_eval(
@@ -362,16 +377,16 @@ def finish_lm_eval(
 ) -> None:
     "Run lm-eval on a benchmark, write score.json, print the scores."
     weights = dict(weights=model_digest(args.path)) if args.path else {}
+    longest = min(args.max_tokens, 4096) if args.path else args.max_tokens  # in this process
     sheet = run_sheet(
         benchmark,
         problems,
         args.path or args.endpoint.partition(" ")[2].strip(),
         f"lm-eval {args.lm_eval}",
-        max_tokens=args.max_tokens,
+        max_tokens=longest,
         **weights,
     )
     claim_folder(out, sheet)
-    longest = min(args.max_tokens, 4096)
     task = lm_eval_task(benchmark, problems, out, args.lm_eval, max_tokens=longest)
     who = args.path if args.lm_eval == "choice" else args.endpoint or args.path
     scores = run_lm_eval([task], out, who)[task]
@@ -380,6 +395,8 @@ def finish_lm_eval(
     for name, score in scores.items():
         shown.append(f"{name} {score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]")
     print(f"{benchmark.id} by lm-eval: {', '.join(shown)}")
+    if args.lm_eval == "generate":
+        print(f"answers of at most {longest} tokens, thoughts included; lm-eval counts no cut ones")
 
 # %% ../nbs/10g_public_benchmarks.ipynb #b10a0049
 def check_benchmark_arguments(args: argparse.Namespace) -> None:
@@ -421,9 +438,43 @@ def public_benchmarks_command(argv: list[str] | None = None) -> int:
     model = model_registry().get(args.model)
     out = Path(args.out)
     problems = load_benchmark(benchmark, args.file, fields_of(args.fields), args.rows)
+    if unread := unread_keys(benchmark, problems):
+        print(f"WARNING: {unread_text(unread)}")
+    with folder_lock(out):
+        ask_and_finish(args, benchmark, model, problems, out)
+    return 0
+
+
+def unread_text(unread: list[dict]) -> str:
+    first = unread[0]
+    return (
+        f"nothing reads {len(unread)} of the keys, so every answer to them counts as wrong; the"
+        f" first: {first['problem_id']}, {first['verifiable_answer'][:60]!r}"
+    )
+
+
+@contextmanager
+def folder_lock(out: Path) -> Iterator[None]:
+    "A run's folder for this process alone; a UserError where another works in it."
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"{out}: another process asks for this run; wait for it") from None
+
+
+def ask_and_finish(
+    args: argparse.Namespace,
+    benchmark: Benchmark,
+    model: RegisteredModel | None,
+    problems: list[dict],
+    out: Path,
+) -> None:
+    "Ask what is missing, then score, pack or judge."
     if args.lm_eval:
         finish_lm_eval(args, benchmark, problems, out)
-        return 0
+        return
     settings = AskSettings(
         mode=args.mode,
         samples=args.k,
@@ -447,7 +498,6 @@ def public_benchmarks_command(argv: list[str] | None = None) -> int:
         name = args.model or Path(args.path).name
         ask_folder(benchmark, problems, out, args.path, name, settings)
     finish_run(args, benchmark, model, problems, out)
-    return 0
 
 # %% ../nbs/10g_public_benchmarks.ipynb #b10a0040
 if __name__ == "__main__" and "__file__" in globals():
