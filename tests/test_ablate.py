@@ -504,7 +504,7 @@ def test_a_cell_whose_speed_cannot_be_measured_keeps_its_other_figures(corpus, m
 
     def run_stage(root, stage, params, *more, **how):
         if stage == cells.SPEED and "VmRD" in params["run_dir"]:
-            raise UserError("no development prompt got an answer of two tokens")
+            raise UserError(f"{cells.SPEED}: no development prompt got an answer of two tokens")
         return run_usual(root, stage, params, *more, **how)
 
     def measured(run, speed):
@@ -519,6 +519,16 @@ def test_a_cell_whose_speed_cannot_be_measured_keeps_its_other_figures(corpus, m
     assert [row["answer_bits"] for row in rows] == [1.0, 1.0]
     assert [row["speedup"] for row in rows] == [1.5, None]
     assert sum("two tokens" in str(line) for line in told) == 1
+
+    def another_fault(root, stage, params, *more, **how):
+        if stage == "11c_eagle_draft":
+            raise UserError("11c_eagle_draft: the disk is full")
+        return run_usual(root, stage, params, *more, **how)
+
+    monkeypatch.setattr(pipeline, "run_stage", another_fault)
+    elsewhere = dataclasses.replace(settings, out=f"{settings.out}2")
+    with pytest.raises(UserError, match="disk is full"):
+        ablate(ROOT, elsewhere, say=silent)
 
 
 def test_a_share_that_the_corpus_cannot_reach_is_refused_before_training(corpus, monkeypatch):

@@ -1,6 +1,9 @@
 "`tpro-nb curate` as somebody uses it: files, a benchmark, and questions about rows."
 
+import gzip
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,7 +91,15 @@ WRONG = {
         "models: reward: '/nope' is neither a folder",
     ),
     "no rows": (["empty.jsonl", "--out", "o"], "no rows in empty.jsonl"),
-    "an empty benchmark": (["rows.jsonl", "--out", "o", "--protect", "empty.jsonl"], "protects"),
+    "an empty benchmark": (
+        ["rows.jsonl", "--out", "o", "--protect", "exam.json", "empty.jsonl"],
+        "empty.jsonl: nothing is in it",
+    ),
+    "an empty list": (["rows.jsonl", "--out", "o", "--protect", "none.json"], "nothing is in it"),
+    "an empty packed one": (
+        ["rows.jsonl", "--out", "o", "--protect", "none.jsonl.gz"],
+        "nothing is in it",
+    ),
     "a key of no benchmark": (
         ["rows.jsonl", "--out", "o", "--protect-key", "q"],
         "--protect-key q",
@@ -107,8 +118,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("argv, named", WRONG.values(), ids=WRONG)
-def test_what_is_wrong_is_said_before_work_starts(argv, named, folder, capsys):
+def test_what_is_wrong_is_said_before_work_starts(argv, named, folder, capsys, monkeypatch):
+    monkeypatch.setattr(curate.importlib.util, "find_spec", lambda name: None)
     Path("empty.jsonl").touch()
+    Path("none.json").write_text("[]")
+    with gzip.open("none.jsonl.gz", "wb"):
+        pass
     Path("keys.jsonl").write_text('{"q": "2+2?"}')
     with pytest.raises(SystemExit) as end:
         cli.main(["curate", *argv])
@@ -193,12 +208,38 @@ def test_a_result_in_the_folder_of_the_rows_goes_on(folder, capsys):
         curate.curate_command([".", "clean/dropped.parquet", "--out", "clean"])
 
 
+def test_the_same_rows_written_later_are_the_same(folder, capsys):
+    said_by(capsys, "rows.jsonl", "--out", "clean")
+    os.utime("rows.jsonl")
+    assert "3  kept" in said_by(capsys, "rows.jsonl", "--out", "clean")
+
+
+def test_a_dry_run_begins_nothing(folder, capsys):
+    said_by(capsys, "rows.jsonl", "--out", "clean", "--dry-run")
+    text = Path("rows.jsonl").read_text("utf-8")
+    Path("rows.jsonl").write_text(text.replace("кот", "кит"), "utf-8")
+    assert "3  kept" in said_by(capsys, "rows.jsonl", "--out", "clean")
+
+
+def test_a_saved_folder_with_other_rows_is_another_input(folder):
+    from datasets import Dataset
+
+    for answer in ("Байкал.", "Ладога."):
+        shutil.rmtree("saved", ignore_errors=True)
+        rows = [dict(prompt="Какое озеро?", completion=answer)]
+        Dataset.from_list(rows).save_to_disk("saved")
+        if answer == "Байкал.":
+            assert curate.curate_command(["saved", "--out", "clean"]) is None
+    with pytest.raises(UserError, match="has changed since"):
+        curate.curate_command(["saved", "--out", "clean"])
+
+
 def test_rows_edited_since_the_run_began_are_no_old_result(folder, capsys):
     said_by(capsys, "rows.jsonl", "--out", "clean")
     Path("rows.jsonl").write_text(
         Path("rows.jsonl").read_text("utf-8").replace("кот", "кит"), "utf-8"
     )
-    with pytest.raises(UserError, match="rows.jsonl was written anew"):
+    with pytest.raises(UserError, match="rows.jsonl has changed"):
         curate.curate_command(["rows.jsonl", "--out", "clean"])
     assert "3  kept" in said_by(capsys, "rows.jsonl", "--out", "other")
 

@@ -1035,6 +1035,7 @@ KEYS = [  # as files give them, and what is graded by; None: refused
     (True, None),
     (float("nan"), None),
     ([["72"]], None),
+    ("решение\n####", None),
 ]
 
 
@@ -1042,12 +1043,18 @@ KEYS = [  # as files give them, and what is graded by; None: refused
 def test_a_key_is_one_number_or_text(tmp_path, given, key):
     path = file(tmp_path, [dict(question="Сколько?", answer=given)])
     if key is None:
-        with pytest.raises(UserError, match="one number or text"):
+        with pytest.raises(UserError, match="one number or text|answer is empty"):
             load_benchmark(MATH, path, NO_IDS, 0)
         return
     (problem,) = problems = load_benchmark(MATH, path, NO_IDS, 0)
     assert problem["verifiable_answer"] == key
     assert not unread_keys(MATH, problems)
+
+
+def test_a_key_that_no_box_can_hold_is_read_bare(tmp_path):
+    text_set = MATH.model_copy(update=dict(answer="text"))
+    path = file(tmp_path, [dict(question="Какая?", answer="a{b")])
+    assert not unread_keys(text_set, load_benchmark(text_set, path, NO_IDS, 0))
 
 
 def test_keys_that_nothing_reads_are_told(tmp_path, capsys):
@@ -1064,6 +1071,12 @@ CHOICES = [  # options and key as files give them, and the options and letter; N
     ({"A": "да", "B": "нет"}, "B", ["да", "нет"], "B"),
     ({"text": ["да", "нет"], "label": ["1", "2"]}, "2", ["да", "нет"], "B"),
     ([3, 4.5], "A", ["3", "4.5"], "A"),
+    ({"text": ["да", "нет"], "label": [1, 2]}, 1, ["да", "нет"], "A"),
+    ({"text": ["да", "нет"], "label": [0, 1]}, 1, ["да", "нет"], "B"),
+    ({"text": ["да", "нет"], "label": 5}, "A", None, None),
+    ({"text": ["да", "нет"], "label": ["A"]}, "A", None, None),
+    (["да", ["нет"]], "B", ["да", "нет"], "B"),
+    (["да", float("nan")], "A", None, None),
     (["да", "нет"], "AB", None, None),
     (["да", "нет"], True, None, None),
     (["да", "нет"], 2, None, None),
@@ -1094,6 +1107,16 @@ def test_one_stem_with_other_options_is_another_question(tmp_path):
     assert first["problem_id"] != second["problem_id"]
     with pytest.raises(UserError, match="twice"):
         load_benchmark(MMLU, file(tmp_path, rows[:1] * 2), dict(id=""), 0)
+
+
+def test_options_in_columns_are_texts_and_part_of_the_question(tmp_path):
+    rows = [choice_row(0), choice_row(0) | {"Correct Answer": "5"}]
+    first, second = load_benchmark(GPQA, file(tmp_path, rows), dict(id=""), 0)
+    assert first["problem_id"] != second["problem_id"]
+    for wrong in (float("nan"), ["7", "8"], dict(text="7")):
+        path = file(tmp_path, [choice_row(0) | {"Correct Answer": wrong}])
+        with pytest.raises(UserError, match="Correct Answer is one number or text"):
+            load_benchmark(GPQA, path, None, 0)
 
 
 def test_a_question_may_be_a_conversation_of_one_message(tmp_path):
@@ -1277,12 +1300,24 @@ def test_a_thought_cut_by_the_limit_is_no_answer(tmp_path, mode, finished, text,
 
 @pytest.mark.parametrize(
     "outputs, key",
-    [("", ""), (None, ""), (0, "0"), (["Москва"], None), ([dict(segment="Москва")], "Москва")],
+    [
+        ("", ""),
+        (None, ""),
+        ([], ""),
+        ({}, ""),
+        (0, "0"),
+        (["Москва"], "Москва"),
+        ([dict(segment="Москва", label="answer")], "Москва"),
+        (["Москва", "Тула"], None),
+        (True, None),
+        (float("nan"), None),
+        (dict(text="Москва"), None),
+    ],
 )
 def test_what_mera_calls_outputs(tmp_path, outputs, key):
     path = file(tmp_path, [mera_row(0) | dict(outputs=outputs)])
     if key is None:
-        with pytest.raises(UserError, match="no single answer"):
+        with pytest.raises(UserError, match="outputs is one number or text"):
             load_mera(path)
         return
     assert load_mera(path)[0]["verifiable_answer"] == key
@@ -1295,3 +1330,13 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
             math_command(tmp_path, "run", "--endpoint", fake.name)
     with Stub(good) as fake:
         assert math_command(tmp_path, "run", "--endpoint", fake.name) == 0
+
+
+def test_small_fits_say_nothing_on_the_way(recwarn):
+    rng = np.random.default_rng(2)
+    for size in (2, 3, 5, 8, 20):
+        for _ in range(10):
+            won = rng.choice([0, 0.5, 1], size)
+            rate = length_controlled(won, rng.normal(0, 300, size))
+            assert 0 <= rate <= 1
+    assert not [str(warning.message) for warning in recwarn]

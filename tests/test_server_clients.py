@@ -285,6 +285,7 @@ RESULTS = [  # ids of two calls, those that their results name, and who comes fi
     ("ab", [None, "a"], "первый второй"),
     ([None, None], "ba", "первый второй"),
     ("ab", "bb", "первый второй"),
+    (["0", "1"], [1, 0], "второй первый"),
     ("ab", "ac", None),
     ("ab", "cd", None),
     ("aa", "ab", None),

@@ -344,6 +344,8 @@ def run_seed(recipe: Recipe, settings: AblationSettings, seed: int, say: Say):
                 bring(plan, [SPEED])
                 timed = True
             except UserError as e:  # a nano chain may answer with a single token
+                if not str(e).startswith(f"{SPEED}: "):
+                    raise
                 say(f"{cell.name}: its speed is not measured: {e}")
                 row |= dict.fromkeys(SPEED_RESPONSES)
         yield row | cell_responses(run, timed)

@@ -37,7 +37,7 @@ def length_controlled(
     outcomes = np.repeat([1, 0], len(squashed))
     weights = np.concatenate([won, 1 - won])
     # lbfgs stops on the flat ridge that nearly equal differences make
-    model = LogisticRegression(C=100, solver="newton-cholesky", tol=1e-8)
+    model = LogisticRegression(C=100, solver="newton-cholesky", tol=1e-6)
     fit = model.fit(lengths, outcomes, sample_weight=weights)
     return float(fit.predict_proba([[0.0]])[0, 1])
 

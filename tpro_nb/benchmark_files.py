@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['RegistryEntry', 'SOLUTION_END', 'SET_KINDS', 'COLUMN_NAMES', 'PaperPlace', 'Benchmark', 'RegisteredModel',
            'read_registry', 'benchmark_registry', 'model_registry', 'benchmark_prompts', 'paper_figure', 'is_filled',
-           'benchmark_problem', 'whole_set', 'Choice', 'mixed_columns', 'Options', 'given_options', 'listed_options',
-           'test_split', 'whole_rows', 'check_columns', 'single_question', 'key_text', 'row_problem', 'load_columns',
-           'mera_problem', 'load_mera', 'arena_problem', 'load_arena', 'SetKind', 'no_reader', 'named_columns',
-           'unread_keys', 'load_benchmark']
+           'benchmark_problem', 'whole_set', 'Choice', 'mixed_columns', 'Options', 'plain_text', 'given_options',
+           'listed_options', 'test_split', 'whole_rows', 'check_columns', 'single_question', 'key_text', 'row_problem',
+           'load_columns', 'mera_problem', 'load_mera', 'arena_problem', 'load_arena', 'SetKind', 'no_reader',
+           'named_columns', 'unread_keys', 'load_benchmark']
 
 # %% ../nbs/10b_benchmark_files.ipynb #b10a0003
 import csv
@@ -195,7 +195,7 @@ def mixed_columns(row: dict, columns: list[str], name: str) -> Choice:
         return hashlib.sha256(f"{name}/{place}".encode()).hexdigest()
 
     order = sorted(range(len(columns)), key=place_hash)
-    options = [str(row[columns[place]]).strip() for place in order]
+    options = [plain_text(f"{name}, {columns[place]}", row[columns[place]]) for place in order]
     return Choice(options, CHOICE_LETTERS[order.index(0)])
 
 
@@ -204,6 +204,16 @@ class Options(NamedTuple):
 
     texts: list[str]
     labels: list[str]
+    are_given: bool  # False: the labels are letters, and the key may be a place
+
+
+def plain_text(what: str, given: Any) -> str:
+    "A number or a text, either perhaps alone in a list; `UserError` that begins with `what`."
+    if isinstance(given, (list, tuple)) and len(given) == 1:
+        given = given[0]
+    if isinstance(given, bool) or not isinstance(given, (str, int, float)) or given != given:
+        raise UserError(f"{what} is one number or text, not {str(given)[:60]!r}")
+    return str(given).strip()
 
 
 def given_options(where: str, given: Any) -> Options:
@@ -215,16 +225,18 @@ def given_options(where: str, given: Any) -> Options:
         given, labels = given["text"], given["label"]
     elif isinstance(given, dict):
         given, labels = list(given.values()), list(given)
-    if not isinstance(given, (list, tuple)) or not all(
-        isinstance(option, (str, int, float)) for option in given
-    ):
+    if not isinstance(given, (list, tuple)) or not isinstance(labels, (list, tuple, type(None))):
         raise UserError(f"{where}: options are a list of texts, not {str(given)[:60]!r}")
+    if labels is not None and len(labels) != len(given):
+        raise UserError(f"{where}: {len(given)} options and {len(labels)} labels")
     if len(given) > len(CHOICE_LETTERS):
         raise UserError(
             f"{where}: {len(given)} options, and at most {len(CHOICE_LETTERS)} are read"
         )
-    texts = [str(option).strip() for option in given]
-    return Options(texts, [str(label) for label in labels or CHOICE_LETTERS[: len(texts)]])
+    texts = [plain_text(f"{where}: an option", option) for option in given]
+    if labels is None:
+        return Options(texts, list(CHOICE_LETTERS[: len(texts)]), False)
+    return Options(texts, [str(label).strip() for label in labels], True)
 
 
 def listed_options(benchmark: Benchmark, name: str, listed: Any, key: Any) -> Choice:
@@ -232,8 +244,8 @@ def listed_options(benchmark: Benchmark, name: str, listed: Any, key: Any) -> Ch
     where = f"{benchmark.id}, {name}"
     options = given_options(where, listed)
     place = key
-    if isinstance(key, str) and key.strip() in options.labels:
-        place = options.labels.index(key.strip())
+    if (isinstance(key, str) or options.are_given) and str(key).strip() in options.labels:
+        place = options.labels.index(str(key).strip())
     if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(options.texts):
         raise UserError(f"{where}: the answer {key!r} is none of the {len(options.texts)} options")
     return Choice(options.texts, CHOICE_LETTERS[place])
@@ -246,7 +258,7 @@ def test_split(path: str) -> list[dict]:
     try:
         splits = load_dataset(path)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
             f"cannot load {path} from the hub ({reason}). Give a local .parquet or .jsonl copy"
         ) from error
@@ -304,12 +316,12 @@ SOLUTION_END = "####"  # GSM8K writes its answers behind it
 
 
 def key_text(where: str, given: Any) -> str:
-    "A key as files give it: a number, a text, either alone in a list; `UserError` if none of them."
-    if isinstance(given, (list, tuple)) and len(given) == 1:
-        given = given[0]
-    if isinstance(given, bool) or not isinstance(given, (str, int, float)) or given != given:
-        raise UserError(f"{where}: an answer is one number or text, not {str(given)[:60]!r}")
-    return str(given).rpartition(SOLUTION_END)[2].strip()
+    "A key as files give it: `plain_text`, of a solution what stands at its end."
+    text = plain_text(f"{where}: an answer", given)
+    key = text.rpartition(SOLUTION_END)[2].strip()
+    if not key:
+        raise UserError(f"{where}: the answer is empty, in {text[-60:]!r}")
+    return key
 
 
 def row_problem(benchmark: Benchmark, row: dict, fields: dict, prompt: str) -> dict:
@@ -320,8 +332,8 @@ def row_problem(benchmark: Benchmark, row: dict, fields: dict, prompt: str) -> d
     name = f"{benchmark.id}-{given}"
     if "id" not in fields:
         whole = asked
-        if isinstance(fields.get("options"), str):
-            whole += str(row[fields["options"]])  # a stem may be asked with other options, too
+        for column in collapse(fields.get("options", [])):
+            whole += str(row[column])  # a stem may be asked with other options, too
         name = f"{benchmark.id}-{hashlib.sha256(whole.encode()).hexdigest()[:10]}"
     if "options" not in fields:
         choice = Choice([], key_text(where, row[fields["answer"]]))
@@ -360,9 +372,7 @@ def mera_problem(row: dict) -> dict:
     key = row.get("outputs")
     if isinstance(key, list) and len(key) == 1 and isinstance(key[0], dict):
         key = key[0]["segment"]  # of the text, as in MultiQ
-    if isinstance(key, (list, dict)):
-        raise TypeError(f"outputs is no single answer: {str(key)[:60]}")
-    answer = "" if key is None else str(key).strip()
+    answer = "" if key in (None, "", [], {}) else plain_text(f"{name}: outputs", key)
     return benchmark_problem(f"MERA-{name}", question, answer, "MERA", [])
 
 
@@ -453,20 +463,24 @@ def named_columns(benchmark: Benchmark, fields: dict) -> dict:
 
 
 def unread_keys(benchmark: Benchmark, problems: list[dict]) -> list[dict]:
-    "Problems whose key the grader does not find right when it is the answer."
+    "Problems whose key the grader does not find right when it is the answer, in a box or bare."
     kind = SET_KINDS[benchmark.answer].graded_as
-    keyed = [problem for problem in problems if problem["verifiable_answer"]]
-    pairs = []
-    for problem in keyed:
-        key = problem["verifiable_answer"]
-        pairs.append((f"\\boxed{{{key}}}", key, True, len(problem["options"])))
-    verdicts = grade_many(pairs, language=benchmark.language, kind=kind) if kind else []
-    return [problem for problem, verdict in zip(keyed, verdicts) if verdict != "correct"]
+    if not kind:
+        return []  # it is judged
+    unread = [problem for problem in problems if problem["verifiable_answer"]]
+    for reply in ("\\boxed{{{}}}", "{}"):
+        pairs = []
+        for problem in unread:
+            key = problem["verifiable_answer"]
+            pairs.append((reply.format(key), key, True, len(problem["options"])))
+        verdicts = grade_many(pairs, language=benchmark.language, kind=kind)
+        unread = [problem for problem, verdict in zip(unread, verdicts) if verdict != "correct"]
+    return unread
 
 
 def load_benchmark(
     benchmark: Benchmark,
-    path: str,  # .jsonl, .parquet or hub id
+    path: str,  # .jsonl, .parquet, a hub id or a folder of the same layout
     fields: dict | None = None,  # names that differ from the registry's
     rows: int | None = None,  # expected rows; None: the registry's, 0: any
 ) -> list[dict]:  # problem_id, question (as asked), verifiable_answer, options, family, steps

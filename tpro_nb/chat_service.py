@@ -236,6 +236,14 @@ class Message(BaseModel):
     def nothing_is_lost(cls, body):
         return used_fields(body, cls.model_fields, MESSAGE_UNUSED, MESSAGE_NEUTRAL)
 
+    @field_validator("tool_call_id", mode="before")
+    @classmethod
+    def of_a_tool(cls, value, info):
+        "A name of a call, or none; it says nothing in other messages."
+        if value in (None, "") or info.data.get("role") != "tool":
+            return None
+        return str(value)
+
     @field_validator("tool_calls", "reasoning_content", "reasoning")
     @classmethod
     def of_an_assistant(cls, value, info):
@@ -467,11 +475,10 @@ def field_table() -> list[dict]:
     for name, why in UNUSED.items():
         rows.append(dict(field=name, treated="without effect", how=why))
     for name, harmless in NEUTRAL.items():
-        if name in fields:
-            continue  # one kind of request knows it
         passes = ", ".join(short(value) for value in harmless)
         how = f"except {passes}" if passes else "except null"
-        rows.append(dict(field=name, treated="refused", how=how))
+        of_a_chat = ", of a chat" if name in fields else ""  # a plain completion does it
+        rows.append(dict(field=name + of_a_chat, treated="refused", how=how))
     return rows
 
 # %% ../nbs/15b_chat_service.ipynb #55cb29d9

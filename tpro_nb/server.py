@@ -600,10 +600,15 @@ def server_parser() -> argparse.ArgumentParser:
 
 def checked_device(name: str) -> str:
     "A device that is here, or a `UserError`."
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: cpu, or cuda")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch finds no GPU here; leave it out for the CPU")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: cpu, or cuda, or cuda:1 and so on")
+    here = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= here:
+        raise UserError(f"--device {name}: torch finds {here} GPUs here; cpu is the default")
     return name
 
 
