@@ -239,7 +239,7 @@ def test_rows_edited_since_the_run_began_are_no_old_result(folder, capsys):
     Path("rows.jsonl").write_text(
         Path("rows.jsonl").read_text("utf-8").replace("кот", "кит"), "utf-8"
     )
-    with pytest.raises(UserError, match="rows.jsonl has changed"):
+    with pytest.raises(UserError, match="asked something else: rows.jsonl has changed"):
         curate.curate_command(["rows.jsonl", "--out", "clean"])
     assert "3  kept" in said_by(capsys, "rows.jsonl", "--out", "other")
 

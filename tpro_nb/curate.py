@@ -160,8 +160,8 @@ def note_inputs(plan: FunnelPlan) -> None:
     edited = [name for name in now if before.get(name, now[name]) != now[name]]
     if edited:
         raise UserError(
-            f"--out {plan.out}: {edited[0]} has changed since the run there began."
-            " Give another folder, or remove that one"
+            f"{plan.out} has a run that was asked something else: {edited[0]} has changed since it"
+            " began. Give another folder, or remove that one"
         )
     write_json(noted, before | now)
 
