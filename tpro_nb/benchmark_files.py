@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['RegistryEntry', 'SOLUTION_END', 'SET_KINDS', 'COLUMN_NAMES', 'PaperPlace', 'Benchmark', 'RegisteredModel',
            'read_registry', 'benchmark_registry', 'model_registry', 'benchmark_prompts', 'paper_figure', 'is_filled',
-           'benchmark_problem', 'whole_set', 'Choice', 'mixed_columns', 'Options', 'plain_text', 'given_options',
+           'benchmark_problem', 'whole_set', 'Choice', 'mixed_columns', 'Options', 'single_text', 'given_options',
            'listed_options', 'test_split', 'whole_rows', 'check_columns', 'single_question', 'key_text', 'row_problem',
            'load_columns', 'mera_problem', 'load_mera', 'arena_problem', 'load_arena', 'SetKind', 'no_reader',
            'named_columns', 'unread_keys', 'load_benchmark']
@@ -195,7 +195,7 @@ def mixed_columns(row: dict, columns: list[str], name: str) -> Choice:
         return hashlib.sha256(f"{name}/{place}".encode()).hexdigest()
 
     order = sorted(range(len(columns)), key=place_hash)
-    options = [plain_text(f"{name}, {columns[place]}", row[columns[place]]) for place in order]
+    options = [single_text(f"{name}, {columns[place]}", row[columns[place]]) for place in order]
     return Choice(options, CHOICE_LETTERS[order.index(0)])
 
 
@@ -207,7 +207,7 @@ class Options(NamedTuple):
     are_given: bool  # False: the labels are letters, and the key may be a place
 
 
-def plain_text(what: str, given: Any) -> str:
+def single_text(what: str, given: Any) -> str:
     "A number or a text, either perhaps alone in a list; `UserError` that begins with `what`."
     if isinstance(given, (list, tuple)) and len(given) == 1:
         given = given[0]
@@ -233,7 +233,7 @@ def given_options(where: str, given: Any) -> Options:
         raise UserError(
             f"{where}: {len(given)} options, and at most {len(CHOICE_LETTERS)} are read"
         )
-    texts = [plain_text(f"{where}: an option", option) for option in given]
+    texts = [single_text(f"{where}: an option", option) for option in given]
     if labels is None:
         return Options(texts, list(CHOICE_LETTERS[: len(texts)]), False)
     return Options(texts, [str(label).strip() for label in labels], True)
@@ -316,8 +316,8 @@ SOLUTION_END = "####"  # GSM8K writes its answers behind it
 
 
 def key_text(where: str, given: Any) -> str:
-    "A key as files give it: `plain_text`, of a solution what stands at its end."
-    text = plain_text(f"{where}: an answer", given)
+    "A key as files give it: `single_text`, of a solution what stands at its end."
+    text = single_text(f"{where}: an answer", given)
     key = text.rpartition(SOLUTION_END)[2].strip()
     if not key:
         raise UserError(f"{where}: the answer is empty, in {text[-60:]!r}")
@@ -372,7 +372,7 @@ def mera_problem(row: dict) -> dict:
     key = row.get("outputs")
     if isinstance(key, list) and len(key) == 1 and isinstance(key[0], dict):
         key = key[0]["segment"]  # of the text, as in MultiQ
-    answer = "" if key in (None, "", [], {}) else plain_text(f"{name}: outputs", key)
+    answer = "" if key in (None, "", [], {}) else single_text(f"{name}: outputs", key)
     return benchmark_problem(f"MERA-{name}", question, answer, "MERA", [])
 
 
