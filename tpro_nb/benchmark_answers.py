@@ -84,17 +84,16 @@ def claim_folder(out: Path, sheet: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../nbs/10c_benchmark_answers.ipynb #10c0b011
-def cut_in_thought(sample: dict) -> bool:
-    "Whether the limit cut a sample off before it had begun to answer: none of its text is one."
-    may_think = sample.get("mode") == "think" and not sample.get("finished", True)
-    return may_think and "</think>" not in sample["response"]
+def cut_in_thought(reply: dict, may_think: bool) -> bool:
+    "Whether the limit cut a reply off before it had begun to answer: none of its text is one."
+    return may_think and not reply["finished"] and "</think>" not in reply["response"]
 
 
 def cut_at_stop(reply: dict, stops: list[str], may_think: bool) -> dict:
     "A reply of `read_reply` up to the first stop string that follows its thoughts."
     text = reply["response"]
     answer = after_think(text)
-    if answer is None or (may_think and not reply["finished"] and "</think>" not in text):
+    if answer is None or cut_in_thought(reply, may_think):
         return reply
     answer = answer.lstrip()
     places = [answer.find(stop) for stop in stops if stop in answer]

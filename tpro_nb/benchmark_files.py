@@ -4,7 +4,7 @@
 __all__ = ['RegistryEntry', 'SOLUTION_END', 'SET_KINDS', 'COLUMN_NAMES', 'PaperPlace', 'Benchmark', 'RegisteredModel',
            'read_registry', 'benchmark_registry', 'model_registry', 'benchmark_prompts', 'paper_figure', 'is_filled',
            'benchmark_problem', 'whole_set', 'Choice', 'mixed_columns', 'Options', 'single_text', 'given_options',
-           'listed_options', 'test_split', 'whole_rows', 'check_columns', 'single_question', 'key_text', 'row_problem',
+           'listed_options', 'rows_to_ask', 'whole_rows', 'check_columns', 'single_question', 'key_text', 'row_problem',
            'load_columns', 'mera_problem', 'load_mera', 'arena_problem', 'load_arena', 'SetKind', 'no_reader',
            'named_columns', 'unread_keys', 'load_benchmark']
 
@@ -251,7 +251,7 @@ def listed_options(benchmark: Benchmark, name: str, listed: Any, key: Any) -> Ch
     return Choice(options.texts, CHOICE_LETTERS[place])
 
 # %% ../nbs/10b_benchmark_files.ipynb #8e47b1d5
-def test_split(path: str) -> list[dict]:
+def rows_to_ask(path: str) -> list[dict]:
     "Rows of a hub id, or of a folder of the same layout: its test split, or the only one it has."
     from datasets import load_dataset
 
@@ -274,7 +274,7 @@ def test_split(path: str) -> list[dict]:
 def whole_rows(path: str) -> list:
     "Rows of a benchmark's file; a UserError for a line that is no json, with its number."
     is_file = Path(path).suffix in (".jsonl", ".parquet") or Path(path).is_file()
-    rows: list = load_rows(path) if is_file else test_split(path)
+    rows: list = load_rows(path) if is_file else rows_to_ask(path)
     torn = [place for place, row in enumerate(rows) if isinstance(row, Broken)]
     if torn:
         with open(path, "rb") as file:

@@ -161,7 +161,8 @@ def submission(
     said = {}
     for row in whole_lines(Path(out) / "samples.jsonl"):
         if row["sample"] == 0:
-            said[row["problem_id"]] = "" if cut_in_thought(row) else last_words(row["response"])
+            cut = cut_in_thought(row, row.get("mode") == "think")
+            said[row["problem_id"]] = "" if cut else last_words(row["response"])
     asked = [problem["problem_id"] for problem in problems]
     if lost := [name for name in asked if name not in said]:
         raise UserError(

@@ -4,8 +4,8 @@
 __all__ = ['EXAMPLES', 'FIGURE_MEANS', 'entry_text', 'registry_text', 'network_arguments', 'benchmark_arguments', 'fields_of',
            'percent_with_ends', 'network_of', 'finish_judged', 'asked_text', 'score_rows', 'verdict_rows',
            'columns_text', 'score_text', 'score_warnings', 'compare_with', 'graded_rows', 'finish_run',
-           'finish_lm_eval', 'check_benchmark_arguments', 'public_benchmarks_command', 'unread_text', 'folder_lock',
-           'ask_and_finish']
+           'finish_lm_eval', 'check_benchmark_arguments', 'unread_text', 'folder_lock', 'ask_and_finish',
+           'public_benchmarks_command']
 
 # %% ../nbs/10g_public_benchmarks.ipynb #10f0d003
 import argparse
@@ -427,24 +427,6 @@ def check_benchmark_arguments(args: argparse.Namespace) -> None:
         )
 
 
-def public_benchmarks_command(argv: list[str] | None = None) -> int:
-    "Ask a benchmark's questions and score, pack or judge the answers."
-    args = benchmark_arguments(argv)
-    if args.list:
-        print(registry_text())
-        return 0
-    check_benchmark_arguments(args)
-    benchmark = benchmark_registry()[args.benchmark]
-    model = model_registry().get(args.model)
-    out = Path(args.out)
-    problems = load_benchmark(benchmark, args.file, fields_of(args.fields), args.rows)
-    if unread := unread_keys(benchmark, problems):
-        print(f"WARNING: {unread_text(unread)}")
-    with folder_lock(out):
-        ask_and_finish(args, benchmark, model, problems, out)
-    return 0
-
-
 def unread_text(unread: list[dict]) -> str:
     first = unread[0]
     return (
@@ -498,6 +480,24 @@ def ask_and_finish(
         name = args.model or Path(args.path).name
         ask_folder(benchmark, problems, out, args.path, name, settings)
     finish_run(args, benchmark, model, problems, out)
+
+
+def public_benchmarks_command(argv: list[str] | None = None) -> int:
+    "Ask a benchmark's questions and score, pack or judge the answers."
+    args = benchmark_arguments(argv)
+    if args.list:
+        print(registry_text())
+        return 0
+    check_benchmark_arguments(args)
+    benchmark = benchmark_registry()[args.benchmark]
+    model = model_registry().get(args.model)
+    out = Path(args.out)
+    problems = load_benchmark(benchmark, args.file, fields_of(args.fields), args.rows)
+    if unread := unread_keys(benchmark, problems):
+        print(f"WARNING: {unread_text(unread)}")
+    with folder_lock(out):
+        ask_and_finish(args, benchmark, model, problems, out)
+    return 0
 
 # %% ../nbs/10g_public_benchmarks.ipynb #b10a0040
 if __name__ == "__main__" and "__file__" in globals():

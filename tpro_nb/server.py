@@ -600,12 +600,13 @@ def server_parser() -> argparse.ArgumentParser:
 
 def checked_device(name: str) -> str:
     "A device that is here, or a `UserError`."
+    unknown = UserError(f"--device {name}: cpu, or cuda, or cuda:1 and so on")
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = torch.device("meta")
+        raise unknown from None
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: cpu, or cuda, or cuda:1 and so on")
+        raise unknown
     here = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= here:
         raise UserError(f"--device {name}: torch finds {here} GPUs here; cpu is the default")
